@@ -1,0 +1,136 @@
+"""The one shape in which the rest of the program sees a network: images in, feature vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nostalgia.errors import UsageError
+from nostalgia.models.probe import SHAPE_ERRORS, Probe, probe
+
+
+def class_token(output: Any) -> Tensor:
+    """ViT's convention: the class token after the final layer norm, (B, D)."""
+    return output.last_hidden_state[:, 0]
+
+
+def token_pair(output: Any) -> Tensor:
+    """Distilled DeiT's convention: class and distillation token side by side, (B, 2 D).
+
+    Its classifier is the mean of one linear head on each, which is one linear head on the pair.
+    """
+    return output.last_hidden_state[:, :2].flatten(1)
+
+
+def pooled(output: Any) -> Tensor:
+    """The model's own pooled output, (B, D) or (B, D, 1, 1) flattened."""
+    return output.pooler_output.flatten(1)
+
+
+def mean_of_tokens(output: Any) -> Tensor:
+    """Mean over positions of (B, N, D) tokens or a (B, D, H, W) map, where a model names nothing better."""
+    hidden = output.last_hidden_state
+    return hidden.mean(1) if hidden.dim() == 3 else hidden.mean((-2, -1))
+
+
+def flattened(output: Any) -> Tensor:
+    """What a torchvision network gives once its classifier is gone, (B, D)."""
+    return output.flatten(1)
+
+
+class Backbone(nn.Module):
+    """A network without classifier: ``forward(images (B, 3, H, W)) -> features (B, feature_dim)``.
+
+    ``model`` is the library's own module, so that its tools can be used on it; ``mean`` and ``std`` are what images
+    in [0, 1] are normalised with, ``image_size`` the side in pixels that the network is fed. Parameters on which the
+    features do not depend (a mask token, say) do not require a gradient: DDP would wait for them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        features: Callable[[Any], Tensor] | None,
+        *,
+        image_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        framework: str,
+        source: str,
+        call: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``features`` reads the features out of the model's output (None: chosen from what the model gives).
+
+        ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights are
+        from. Raises UsageError when the network cannot take images of ``image_size``.
+        """
+        super().__init__()
+        self.model = model
+        self.image_size = image_size
+        self.mean = mean
+        self.std = std
+        self.framework = framework
+        self.source = source
+        self.call = dict(call or {})
+        self.norm_frozen = False
+        self.paused: frozenset[str] = frozenset()
+        result = self._probe()
+        self.features = features or _convention(model, result.output)
+        shape = self.features(result.output).shape
+        if len(shape) != 2:
+            raise UsageError(f"{source} gives an output of shape {tuple(shape)}, not one feature vector an image")
+        self.feature_dim = shape[1]
+        self.unused = frozenset(result.unused(self.features(result.output)))
+        for name, parameter in model.named_parameters():
+            if name in self.unused:
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, feature_dim) of normalised ``images`` (B, 3, image_size, image_size)."""
+        return self.features(self._run(self.model, images))
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As ``nn.Module.train``, but batch-norm layers stay in evaluation mode while ``norm_frozen`` is set."""
+        super().train(mode)
+        if self.norm_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Freeze the whole backbone for a while (head warm-up), or make trainable again what was before.
+
+        Set it before the model is wrapped: DDP and FSDP look at ``requires_grad`` once.
+        """
+        if not trainable:
+            self.paused |= {name for name, value in self.named_parameters() if value.requires_grad}
+        for name, value in self.named_parameters():
+            if name in self.paused:
+                value.requires_grad_(trainable)
+        if trainable:
+            self.paused = frozenset()
+
+    def called_layers(self) -> tuple[str, ...]:
+        """Names, relative to ``model``, of the linear and convolution layers that are really called, in order."""
+        return self._probe().called
+
+    def _probe(self) -> Probe:
+        arguments = {"pixel_values": None, **self.call} if self.framework == "hf" else {}
+        try:
+            if self.framework == "hf":
+                return probe(self.model, lambda images: {**arguments, "pixel_values": images}, self.image_size)
+            return probe(self.model, _first_argument(self.model), self.image_size)
+        except SHAPE_ERRORS as error:
+            reason = str(error).strip().splitlines()
+            raise UsageError(
+                f"{self.source} cannot take images of {self.image_size} x {self.image_size} pixels: "
+                f"{reason[0] if reason else type(error).__name__}; set dataset.image_size to one that it can"
+            ) from error
+
+    def _run(self, model: nn.Module, images: Tensor) -> Any:
+        if self.framework == "hf":
+            return model(pixel_values=images, **self.call)
+        return model(images)

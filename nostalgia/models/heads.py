@@ -1,0 +1,72 @@
+"""Linear heads, one a task: made, grown when a task comes back with more classes, saved and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.models.seeding import seeded
+
+INITIAL_STD = 0.01
+
+
+def make_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
+    """Head with weight (num_classes, feature_dim) ~ N(0, 0.01^2) and zero bias, a function of ``seed`` alone.
+
+    Small logits at first keep the gradient that a fresh head sends into the backbone small.
+    """
+    if feature_dim < 1 or num_classes < 1:
+        raise UsageError(f"a head needs features and classes, not {feature_dim} features and {num_classes} classes")
+    with seeded(seed):
+        head = nn.Linear(feature_dim, num_classes)
+        nn.init.normal_(head.weight, std=INITIAL_STD)
+        nn.init.zeros_(head.bias)
+    return head
+
+
+@torch.no_grad()
+def expand_head(head: nn.Linear, num_classes: int, seed: int) -> nn.Linear:
+    """New head of ``num_classes`` rows: the first are those of ``head``, the others as ``make_head`` makes them.
+
+    Keeps device, dtype and ``requires_grad``; raises UsageError when there would be fewer classes than before.
+    """
+    if num_classes < head.out_features:
+        raise UsageError(
+            f"a head of {head.out_features} classes cannot shrink to {num_classes}: a task that comes back must "
+            "list its old classes first, new ones after"
+        )
+    grown = make_head(head.in_features, num_classes, seed).to(head.weight.device, head.weight.dtype)
+    grown.weight[: head.out_features] = head.weight
+    grown.bias[: head.out_features] = head.bias
+    return grown.requires_grad_(head.weight.requires_grad)
+
+
+def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
+    """Write ``<name>.weight`` (C, D) and ``<name>.bias`` (C,) of every head to one safetensors file."""
+    tensors = {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, head in heads.items()
+        for key, tensor in head.state_dict().items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def load_heads(file: Path) -> dict[str, nn.Linear]:
+    """Read what ``save_heads`` wrote, by name; raises NotFoundError when the file is missing or unreadable."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise NotFoundError(f"{file}: heads cannot be read ({error})") from error
+    heads: dict[str, nn.Linear] = {}
+    for name in sorted(key.removesuffix(".weight") for key in tensors if key.endswith(".weight")):
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        heads[name] = head
+    return heads

@@ -1,0 +1,85 @@
+"""What a network does with its inputs, found by one forward pass on the ``meta`` device: shapes without arithmetic.
+
+The module itself is not touched: its parameters and buffers are replaced by meta tensors for the one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+#: What libraries raise when a network cannot take an input of this shape.
+SHAPE_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One forward pass: what came out, and which linear and convolution layers were called, in order."""
+
+    output: Any
+    called: tuple[str, ...]
+    parameters: dict[str, Tensor]  # the meta stand-ins, by name
+
+    def unused(self, features: Tensor) -> set[str]:
+        """Names of the parameters on which ``features`` (meta, with a graph) does not depend."""
+        wanted = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        if not features.requires_grad:
+            return set(wanted)
+        gradients = torch.autograd.grad(features.sum(), list(wanted.values()), allow_unused=True)
+        return {name for name, gradient in zip(wanted, gradients, strict=True) if gradient is None}
+
+
+def probe(module: nn.Module, call: Callable[[Tensor], dict[str, Any]], image_size: int, batch: int = 2) -> Probe:
+    """Run ``module(**call(images))`` in evaluation mode on meta images (batch, 3, image_size, image_size).
+
+    Raises one of ``SHAPE_ERRORS`` where the network cannot take such images.
+    """
+    parameters: dict[str, Tensor] = {
+        name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point())
+        for name, value in module.named_parameters()
+    }
+    buffers = {name: torch.empty_like(value, device="meta") for name, value in module.named_buffers()}
+    dtype = next((value.dtype for value in parameters.values()), torch.float32)
+    images = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=dtype)
+    called: list[str] = []
+    with evaluation_mode(module), _recording(module, called), torch.enable_grad():
+        output = functional_call(module, {**parameters, **buffers}, args=(), kwargs=call(images))
+    return Probe(output, tuple(dict.fromkeys(called)), parameters)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode within the block, each back in its own mode after it."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+@contextmanager
+def _recording(module: nn.Module, called: list[str]) -> Iterator[None]:
+    """Note the names of linear and convolution layers as they are called.
+
+    Some networks read a layer's weight without calling it; an adapter around such a layer would do nothing.
+    """
+    handles = [
+        child.register_forward_pre_hook(lambda _module, _args, name=name: called.append(name))
+        for name, child in module.named_modules()
+        if isinstance(child, LAYERS)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,170 @@
+"""The memory: orthonormal rows Q and eigenvalues that stand for the curvature of all finished tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nostalgia.errors import UsageError
+from nostalgia.linalg.lanczos import Eigenpairs
+from nostalgia.linalg.subspace import merge_average, merge_union
+from nostalgia.linalg.vector_space import VectorSpace
+
+MERGES = ("union", "average")
+PLACEMENTS = ("auto", "replicated", "sharded")
+# Where the user sets no budget, `auto` keeps the basis on every rank up to this share of the device's memory.
+BUDGET_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class MemoryUpdate:
+    """What one finished task did to the memory."""
+
+    added: int  # converged, positive pairs that were offered
+    left_out: int  # pairs that did not converge or curve downwards
+    dropped: int  # directions lost to the rank budget
+    dropped_eigenvalue: float  # the largest eigenvalue among them, 0.0 if none
+    columns: int  # rows of Q now
+
+
+class CurvatureMemory:
+    """Top eigenspaces of finished tasks, merged under a rank budget.
+
+    ``merge="union"`` keeps the span of all tasks' eigenvectors, at most ``k_max`` of them (default 4 k);
+    ``"average"`` keeps the running mean Hessian at rank ``k``. ``basis`` is (m, P_local) in ``dtype``, in ``space``:
+    the solver's own slices with ``placement="sharded"``, the whole vectors on every rank with ``"replicated"``.
+    ``auto`` replicates while the basis fits in ``budget_bytes`` (projection then needs no collective of size P);
+    shards of FSDP2 are never replicated.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        merge: str = "union",
+        k_max: int | None = None,
+        *,
+        placement: str = "auto",
+        dtype: torch.dtype | None = None,
+        budget_bytes: float | None = None,
+    ) -> None:
+        if k < 1:
+            raise UsageError(f"k={k}: the memory needs at least one direction a task (k >= 1)")
+        if merge not in MERGES:
+            raise UsageError(f"merge={merge!r}: allowed are {', '.join(MERGES)}")
+        if placement not in PLACEMENTS:
+            raise UsageError(f"placement={placement!r}: allowed are {', '.join(PLACEMENTS)}")
+        self.k, self.merge, self.k_max = k, merge, 4 * k if k_max is None else k_max
+        if self.k_max < k:
+            raise UsageError(f"k_max={self.k_max} is below k={k}; the memory must hold at least one task's directions")
+        self.placement, self.dtype, self.budget_bytes = placement, dtype, budget_bytes
+        self.tasks = 0
+        self.space: VectorSpace | None = None
+        self.basis: Tensor | None = None  # (m, P_local)
+        self.eigenvalues = torch.zeros(0, dtype=torch.float64)  # (m,), decreasing
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.basis is None else self.basis.shape[0]
+
+    @torch.no_grad()
+    def update(self, eigenpairs: Eigenpairs) -> MemoryUpdate:
+        """Merge a finished task's eigenpairs: the converged ones with a positive eigenvalue."""
+        self.tasks += 1
+        space = eigenpairs.space
+        keep = eigenpairs.converged.cpu() & (eigenpairs.eigenvalues.cpu() > 0)
+        values = eigenpairs.eigenvalues.cpu()[keep]
+        vectors = eigenpairs.eigenvectors[keep.to(eigenpairs.eigenvectors.device)]
+        previous = self._in_space(space)
+        if self.merge == "union":
+            merged = merge_union([*previous, (vectors, values)], self.k_max, space)
+        else:
+            old_basis, old_values = previous[0] if previous else (space.zeros(0), torch.zeros(0, dtype=torch.float64))
+            merged = merge_average(old_basis, old_values, vectors, values, self.tasks, self.k, space)
+        self._store(merged.basis, merged.eigenvalues, space)
+        dropped = merged.dropped_eigenvalues
+        return MemoryUpdate(
+            added=int(keep.sum()),
+            left_out=int((~keep).sum()),
+            dropped=len(dropped),
+            dropped_eigenvalue=float(dropped.max()) if len(dropped) else 0.0,
+            columns=self.columns,
+        )
+
+    def check_layout(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise UsageError unless ``parameters`` have the shapes, in order, that the basis was computed with."""
+        assert self.space is not None
+        shapes = [tuple(p.shape) for p in parameters.values()]
+        if shapes == [tuple(shape) for shape in self.space.shapes]:
+            return
+        raise UsageError(
+            f"the memory was computed for {len(self.space.shapes)} parameters with {self.space.size} numbers, "
+            f"{len(shapes)} parameters with {sum(p.numel() for p in parameters.values())} were given: "
+            "pass the same parameters in the same order"
+        )
+
+    def inverse_gram(self) -> Tensor | None:
+        """(Q Q^T)^-1 (m, m) in float64 where the rows are stored with less than float32, else None."""
+        if self.basis is None or self.basis.dtype in (torch.float32, torch.float64):
+            return None
+        assert self.space is not None
+        return torch.linalg.inv(self.space.gram(self.basis, self.basis))
+
+    def bytes_per_rank(self) -> int:
+        return 0 if self.basis is None else self.basis.numel() * self.basis.element_size()
+
+    @torch.no_grad()
+    def gather(self) -> Tensor | None:
+        """The whole basis (m, P) in the parameters' flat order, on every rank: what is saved."""
+        return None if self.basis is None or self.space is None else self.space.gather_flat(self.basis)
+
+    @torch.no_grad()
+    def load(self, basis: Tensor, eigenvalues: Tensor, tasks: int, space: VectorSpace) -> None:
+        """Take up what `gather` gave: ``basis`` (m, P), on any number of ranks and any placement."""
+        if basis.ndim != 2 or basis.shape[1] != space.size or basis.shape[0] != len(eigenvalues):
+            raise UsageError(
+                f"a basis of shape {tuple(basis.shape)} with {len(eigenvalues)} eigenvalues does not fit "
+                f"{space.size} parameters"
+            )
+        self.tasks = tasks
+        self._store(space.slice_flat(basis).to(space.device), eigenvalues.double().cpu(), space)
+
+    def _in_space(self, space: VectorSpace) -> list[tuple[Tensor, Tensor]]:
+        """What is held, as vectors of the solver's ``space``: nothing or one (basis, eigenvalues)."""
+        if self.basis is None or self.space is None:
+            return []
+        same = self.space.placement == space.placement
+        basis = self.basis if same else space.slice_flat(self.basis)
+        return [(basis.to(space.dtype), self.eigenvalues)]
+
+    def _store(self, basis: Tensor, eigenvalues: Tensor, space: VectorSpace) -> None:
+        dtype = space.dtype if self.dtype is None else self.dtype
+        if basis.shape[0] == 0:
+            self.basis, self.space = None, None
+        elif self.replicates(space, basis.shape[0]):
+            self.space = space.replicated()
+            self.basis = space.gather_flat(basis.to(dtype)).contiguous()
+        else:
+            self.space, self.basis = space, basis.to(dtype).contiguous()
+        self.eigenvalues = eigenvalues
+
+    def replicates(self, space: VectorSpace, columns: int) -> bool:
+        """Whether ``columns`` rows over ``space`` will be held whole on every rank."""
+        if space.placement != "sliced" or self.placement == "sharded":
+            return False
+        if self.placement == "replicated":
+            return True
+        itemsize = torch.empty((), dtype=self.dtype or space.dtype).element_size()
+        return columns * space.size * itemsize <= self.budget(space.device)
+
+    def budget(self, device: torch.device) -> float:
+        """Bytes of basis a rank may hold before ``auto`` shards it."""
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        if device.type == "cuda":
+            return BUDGET_SHARE * torch.cuda.get_device_properties(device).total_memory
+        import psutil
+
+        return BUDGET_SHARE * psutil.virtual_memory().total

@@ -1,0 +1,1 @@
+"""The training of one task: its model, its optimizer step, its loop."""

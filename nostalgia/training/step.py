@@ -1,0 +1,102 @@
+"""One optimizer step: forward and backward over its micro-batches, synchronise, unscale, project, clip, step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from nostalgia.data.stream import Step
+from nostalgia.errors import RunFailedError
+from nostalgia.methods.base import StepRule
+from nostalgia.training.task_model import count_correct, loss_sum
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured; sums are this rank's and live on the device, the norm is the same on all ranks."""
+
+    loss_sum: Tensor  # over this rank's valid samples
+    correct: Tensor
+    num_samples: int  # over all ranks
+    grad_norm: float  # after projection, before clipping
+    projected_fraction: Tensor | None
+    skipped: bool  # a float16 overflow: the gradient scaler left this step out
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    rule: StepRule,
+    step: Step,
+    *,
+    accelerator: Accelerator,
+    max_grad_norm: float | None,
+    label_smoothing: float = 0.0,
+) -> StepResult:
+    """Take one step on the mean loss of all samples of ``step``, over all ranks and micro-batches.
+
+    Raises RunFailedError, on every rank alike, when the gradient is not finite (with float16 the scaler skips the step
+    instead).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total_loss, correct = [], []
+    # DDP and FSDP2 average over ranks; the loss of a step is the sum over all its samples by their number.
+    scale = accelerator.num_processes / step.num_samples
+    last = len(step.micro_batches) - 1
+    for i, batch in enumerate(step.micro_batches):
+        with accelerator.no_sync(model) if i < last else nullcontext():
+            logits = model(batch.images)
+            loss = loss_sum(logits, batch, label_smoothing)
+            accelerator.backward(loss * scale)
+        total_loss.append(loss.detach())
+        correct.append(count_correct(logits, batch).detach())
+    accelerator.unscale_gradients(optimizer)
+    fraction = rule.project_gradients()
+    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
+    if accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
+        raise RunFailedError(_non_finite(accelerator, step, total_loss, grad_norm))
+    rule.step(optimizer)
+    return StepResult(
+        loss_sum=torch.stack(total_loss).sum(),
+        correct=torch.stack(correct).sum(),
+        num_samples=step.num_samples,
+        grad_norm=grad_norm,
+        projected_fraction=fraction,
+        skipped=optimizer.step_was_skipped,
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+    """Scale the gradients to a global norm of at most ``max_norm`` (None: leave them); returns the norm before.
+
+    Accelerate's own clipping would unscale float16 gradients a second time.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, full)
+    return float(full)
+
+
+def _non_finite(accelerator: Accelerator, step: Step, losses: list[Tensor], grad_norm: float) -> str:
+    """The error's line; names the samples of the micro-batches whose loss is not finite, on whatever rank they are."""
+    bad = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
+    for batch, loss in zip(step.micro_batches, losses, strict=True):
+        if not torch.isfinite(loss):
+            bad = torch.cat([bad, batch.indices[batch.valid]])
+    width = accelerator.gather(torch.tensor([len(bad)], device=accelerator.device)).max().item()
+    padded = torch.full((int(width),), -1, dtype=torch.int64, device=accelerator.device)
+    padded[: len(bad)] = bad
+    ids = [i for i in accelerator.gather(padded).tolist() if i >= 0] if width else []
+    what = f"loss is not finite (samples {', '.join(map(str, ids[:32]))})" if ids else f"gradient norm is {grad_norm}"
+    return (
+        f"epoch {step.epoch}, step {step.step}: {what}; lower train.lr, use train.precision=32 or bf16, "
+        "or look at these samples"
+    )
