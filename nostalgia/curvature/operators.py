@@ -253,11 +253,15 @@ class HessianOperator(BatchedOperator):
         if self._compiled is None:
 
             def product(theta: Values, tangents: Values, batch: Any) -> tuple[Values, int]:
-                gradient = torch.func.grad(self._loss, has_aux=True)
-                _, result, samples = torch.func.jvp(
-                    lambda values: gradient(values, batch), (theta,), (tangents,), has_aux=True
-                )
-                return result, samples
+                counted: list[int] = []
+
+                def loss(values: Values) -> Tensor:
+                    total, samples = self._loss(values, batch)
+                    counted.append(samples)
+                    return total
+
+                _, result = torch.func.jvp(torch.func.grad(loss), (theta,), (tangents,))
+                return result, counted[-1]
 
             self._compiled = torch.compile(product) if self.compile else product
         theta = tuple(t.detach() for t in self._theta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from nostalgia.errors import UsageError
@@ -59,12 +59,13 @@ class Backbone(nn.Module):
         std: tuple[float, float, float],
         framework: str,
         source: str,
+        arch: str | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> None:
         """``features`` reads the features out of the model's output (None: chosen from what the model gives).
 
         ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights are
-        from. Raises UsageError when the network cannot take images of ``image_size``.
+        from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take images of ``image_size``.
         """
         super().__init__()
         self.model = model
@@ -73,7 +74,9 @@ class Backbone(nn.Module):
         self.std = std
         self.framework = framework
         self.source = source
+        self.arch = arch
         self.call = dict(call or {})
+        self.lora: LoraConfig | None = None  # set by attach_lora
         self.norm_frozen = False
         self.paused: frozenset[str] = frozenset()
         result = self._probe()
@@ -118,19 +121,26 @@ class Backbone(nn.Module):
         return self._probe().called
 
     def _probe(self) -> Probe:
-        arguments = {"pixel_values": None, **self.call} if self.framework == "hf" else {}
         try:
-            if self.framework == "hf":
-                return probe(self.model, lambda images: {**arguments, "pixel_values": images}, self.image_size)
-            return probe(self.model, _first_argument(self.model), self.image_size)
+            return probe(self.model, self._run, self.image_size)
         except SHAPE_ERRORS as error:
             reason = str(error).strip().splitlines()
             raise UsageError(
                 f"{self.source} cannot take images of {self.image_size} x {self.image_size} pixels: "
-                f"{reason[0] if reason else type(error).__name__}; set dataset.image_size to one that it can"
+                f"{reason[0] if reason else type(error).__name__}; set dataset.image_size to a size that it can"
             ) from error
 
-    def _run(self, model: nn.Module, images: Tensor) -> Any:
+    def _run(self, model: Callable[..., Any], images: Tensor) -> Any:
         if self.framework == "hf":
             return model(pixel_values=images, **self.call)
         return model(images)
+
+
+def _convention(model: nn.Module, output: Any) -> Callable[[Any], Tensor]:
+    """How to read the features of a model about whose architecture nothing is known here."""
+    if getattr(output, "pooler_output", None) is not None:
+        return pooled
+    if getattr(output, "last_hidden_state", None) is None:
+        raise UsageError(f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features")
+    has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
+    return class_token if has_class_token and output.last_hidden_state.dim() == 3 else mean_of_tokens

@@ -37,8 +37,10 @@ class Probe:
         return {name for name, gradient in zip(wanted, gradients, strict=True) if gradient is None}
 
 
-def probe(module: nn.Module, call: Callable[[Tensor], dict[str, Any]], image_size: int, batch: int = 2) -> Probe:
-    """Run ``module(**call(images))`` in evaluation mode on meta images (batch, 3, image_size, image_size).
+def probe(module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any], image_size: int) -> Probe:
+    """Run ``module`` in evaluation mode on meta images (2, 3, image_size, image_size).
+
+    ``run(call, images)`` calls ``call`` as it would call the module.
 
     Raises one of ``SHAPE_ERRORS`` where the network cannot take such images.
     """
@@ -48,10 +50,14 @@ def probe(module: nn.Module, call: Callable[[Tensor], dict[str, Any]], image_siz
     }
     buffers = {name: torch.empty_like(value, device="meta") for name, value in module.named_buffers()}
     dtype = next((value.dtype for value in parameters.values()), torch.float32)
-    images = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=dtype)
+    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=dtype)
     called: list[str] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, {**parameters, **buffers}, args, kwargs)
+
     with evaluation_mode(module), _recording(module, called), torch.enable_grad():
-        output = functional_call(module, {**parameters, **buffers}, args=(), kwargs=call(images))
+        output = run(call, images)
     return Probe(output, tuple(dict.fromkeys(called)), parameters)
 
 

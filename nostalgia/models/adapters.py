@@ -1,0 +1,157 @@
+"""LoRA adapters by PEFT: which layers get one, in old and new names, and taking them off again for export.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from nostalgia.errors import UsageError
+from nostalgia.models.backbone import Backbone
+from nostalgia.models.backbones import has_adapters
+from nostalgia.models.seeding import seeded
+
+#: Query, key, value and output projections of attention, as the libraries name them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "attention.output.dense", "qkv")
+
+#: Names of transformers before 5, longest first, and what it calls the same layers since.
+RENAMED = {
+    "attention.output.dense": ("o_proj",),
+    "intermediate.dense": ("fc1",),
+    "output.dense": ("o_proj", "fc2"),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "dense": ("o_proj", "fc1", "fc2"),
+}
+#: The other way round, for architectures that have kept the former names.
+FORMER = {
+    "q_proj": ("query",),
+    "k_proj": ("key",),
+    "v_proj": ("value",),
+    "o_proj": ("attention.output.dense",),
+    "fc1": ("intermediate.dense",),
+    "fc2": ("output.dense",),
+}
+
+
+def attach_lora(
+    backbone: Backbone,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Freeze ``backbone`` and give the target layers ``W + (alpha / r) B A``, with A, B trainable and B = 0 at first.
+
+    ``target_modules`` are ends of layer names (``q_proj``, ``attention.query``); None takes the attention's
+    projections, and in a network without attention layers every linear and convolution layer but the first.
+    The adapters' values depend on ``seed`` alone. Raises UsageError when a name matches no layer.
+    """
+    if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UsageError(
+            f"model.lora: r={r}, alpha={alpha}, dropout={dropout}; wanted are r >= 1, alpha > 0 and 0 <= dropout < 1"
+        )
+    if has_adapters(backbone):
+        raise UsageError("the backbone has adapters already: they stay attached over all tasks")
+    targets = resolve_targets(backbone, target_modules)
+    adapters = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    with seeded(seed):
+        inject_adapter_in_model(adapters, backbone.model)
+    adapted = {name for name, module in backbone.model.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert adapted == set(targets), f"PEFT adapted {adapted ^ set(targets)} besides or not"
+    backbone.lora = adapters
+
+
+def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) -> list[str]:
+    """Full names, relative to ``backbone.model``, of the layers that get an adapter."""
+    called = backbone.called_layers()
+    plain = [name for name in called if _groups(backbone.model.get_submodule(name)) == 1]
+    if target_modules is None:
+        attention = [name for name in plain if _ends_with(name, ATTENTION)]
+        # The first layer reads pixels; adapting it moves the features of every image at once.
+        found = attention or plain[1:]
+        if not found:
+            raise UsageError(f"no layer of {backbone.source} can take an adapter: set model.use_lora=false")
+        return found
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    targets: set[str] = set()
+    for target in wanted:
+        matches = _matching(called, target)
+        grouped = [name for name in matches if name not in plain]
+        if grouped:
+            raise UsageError(
+                f"model.lora.target_modules: {grouped[0]} (by {target}) is a grouped convolution, which cannot take an "
+                f"adapter; the others are {_summary(plain)}"
+            )
+        if not matches:
+            raise UsageError(
+                f"model.lora.target_modules: {target} matches no layer of {backbone.source} that is called; its "
+                f"linear and convolution layers are {_summary(plain)}"
+            )
+        targets.update(matches)
+    if not targets:
+        raise UsageError(f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}")
+    return [name for name in called if name in targets]
+
+
+def merged(backbone: Backbone) -> Backbone:
+    """A copy of ``backbone`` in which the adapters are added into the layers they adapt, and gone."""
+    return _without_adapter_layers(backbone, merge=True)
+
+
+def without_adapters(backbone: Backbone) -> Backbone:
+    """A copy of ``backbone`` as it was before the adapters, with the batch-norm statistics it has now."""
+    return _without_adapter_layers(backbone, merge=False)
+
+
+def _without_adapter_layers(backbone: Backbone, merge: bool) -> Backbone:
+    result = copy.deepcopy(backbone)
+    for name, module in list(result.model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge(safe_merge=True)
+            parent, _, last = name.rpartition(".")
+            setattr(result.model.get_submodule(parent), last, module.get_base_layer())
+    result.lora = None
+    return result
+
+
+def _matching(names: Iterable[str], target: str) -> list[str]:
+    """Names that end in ``target``, else in what transformers calls it now, else in what it called it before."""
+    names = list(names)
+    found = [name for name in names if _ends_with(name, (target,))]
+    if found or re.search(r"\d", target):  # a numbered layer is named exactly, or not at all
+        return found
+    for table in (RENAMED, FORMER):
+        for known, others in table.items():
+            if _ends_with(target, (known,)):
+                found = [name for name in names if _ends_with(name, others)]
+                if found:
+                    return found
+    return []
+
+
+def _ends_with(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
+def _summary(names: Sequence[str], limit: int = 24) -> str:
+    """``layers.*.attention.q_proj (12), ...``: the layers by kind, with their numbers."""
+    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    listed = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items()]
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more kinds" if len(listed) > limit else "")

@@ -1,0 +1,388 @@
+"""Backbones of Hugging Face transformers: from a hub id, a local folder, or a configuration alone.
+
+Code from a repository is never run. Weights are taken from the cache first; what is not there is downloaded by the
+hub's own client, whose locks let one process of a machine download while the others wait.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.utils import logging as hf_logging
+
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.models.backbone import Backbone, class_token, token_pair
+from nostalgia.models.seeding import seeded
+
+logger = logging.getLogger(__name__)
+
+HALF = (0.5, 0.5, 0.5)
+SETTINGS = ("config.json", "preprocessor_config.json")
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+#: Conventions that the output alone does not tell. All others: ``pooler_output`` where there is one.
+FEATURES: dict[str, Callable[[Any], Tensor]] = {"vit": class_token, "vit_msn": class_token, "deit": token_pair}
+#: Architectures whose pooler is a trainable layer that their own classifier does not use.
+WITHOUT_POOLER = ("vit", "deit")
+UNSUITABLE = {"vit_mae": "hides patches at random in every forward pass"}
+#: How images are normalised: not part of the network's own configuration, but accepted beside it.
+NORMALISATION = ("image_mean", "image_std")
+
+
+def build(
+    model_id: str | None, pretrained: bool, config: Mapping[str, Any], image_size: int | None, seed: int
+) -> Backbone:
+    """Backbone of ``model_id`` (hub id or folder), or from ``config`` with random weights when not ``pretrained``.
+
+    Raises NotFoundError for weights or settings that cannot be had, UsageError for what cannot be a backbone.
+    """
+    if pretrained:
+        if model_id is None:
+            raise UsageError("model.pretrained=true needs model.model_id: a hub id or a local folder")
+        return _pretrained(model_id, config, image_size)
+    settings, source = _scratch_config(model_id, config)
+    if image_size is not None and "image_size" not in config and hasattr(settings, "image_size"):
+        settings.image_size = image_size
+    with seeded(seed), _quiet():
+        model = AutoModel.from_config(settings, trust_remote_code=False, **_options(settings))
+    mean, std = (_triple(config, key) or HALF for key in NORMALISATION)
+    size = image_size or _native_size(settings) or 224
+    return _backbone(model.float(), settings, size, mean, std, source)
+
+
+def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None) -> Backbone:
+    folder = _folder(model_id)
+    settings = _read_config(model_id, folder, config)
+    model = _load(model_id, folder, settings)
+    size, mean, std = _processing(model_id, folder, settings, config)
+    backbone = _backbone(model.model, settings, image_size or size, mean, std, model_id)
+    lost = sorted(name for name in model.missing if name not in backbone.unused)
+    if lost:
+        raise NotFoundError(
+            f"model.model_id={model_id}: {len(lost)} of the network's tensors are not in the weights "
+            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); they would be random: get complete weights"
+        )
+    return backbone
+
+
+def _backbone(
+    model: nn.Module,
+    settings: PreTrainedConfig,
+    image_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    source: str,
+) -> Backbone:
+    patch = getattr(settings, "patch_size", None)
+    if isinstance(patch, int) and image_size % patch:
+        lower = max(image_size // patch, 1) * patch
+        raise UsageError(
+            f"dataset.image_size={image_size} is not a multiple of the patch size {patch} of {source}: "
+            f"take {lower} or {lower + patch}"
+        )
+    call = {}
+    if image_size != _native_size(settings) and "interpolate_pos_encoding" in inspect.signature(
+        model.forward
+    ).parameters:
+        call["interpolate_pos_encoding"] = True
+    return Backbone(
+        model,
+        FEATURES.get(settings.model_type),
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        framework="hf",
+        source=source,
+        call=call,
+    )
+
+
+# Where the files are -----------------------------------------------------------------------------------------------
+
+
+def _folder(model_id: str) -> Path:
+    """The folder that holds config and weights of ``model_id``: a local one, the cache's, or freshly downloaded."""
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UsageError(
+            f"model.model_id={model_id} is a file: model.framework=hf wants a folder with config.json and weights "
+            "(a torchvision state dict needs model.framework=torchvision and model.arch)"
+        )
+    if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
+        raise NotFoundError(f"model.model_id={model_id}: there is no such folder (looked in {path.absolute()})")
+    cached = _cached(model_id)
+    if cached is not None:
+        return cached
+    try:
+        with _quiet():
+            folder = Path(snapshot_download(model_id, allow_patterns=[*SETTINGS, *SAFETENSORS]))
+            if not _has_weights(folder):
+                folder = Path(snapshot_download(model_id, allow_patterns=[*SETTINGS, *PICKLED]))
+    except HFValidationError as error:
+        raise UsageError(f"model.model_id={model_id} is neither a local folder nor a hub id (owner/name)") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise NotFoundError(_not_had(model_id, error)) from error
+    return folder
+
+
+def _cached(model_id: str) -> Path | None:
+    """The snapshot of ``model_id`` in the hub's cache, if its settings and weights are there."""
+    try:
+        folder = Path(snapshot_download(model_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if (folder / "config.json").is_file() and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in (SAFETENSORS[0], PICKLED[0]))
+
+
+def _not_had(model_id: str, error: Exception) -> str:
+    """One line: where ``model_id`` was looked for, why it could not be had, and how to put it there."""
+    offline = "1" if constants.HF_HUB_OFFLINE else "unset"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = f"HTTP {status}: no such repository, or no access to it" if status else "the hub cannot be reached"
+    return (
+        f"model.model_id={model_id}: weights not found; looked for a folder of that name, then in the cache "
+        f"{constants.HF_HUB_CACHE} (HF_HOME={constants.HF_HOME}), then on the hub (HF_HUB_OFFLINE={offline}: {reason}); "
+        f"run `hf download {model_id}` where there is a network and copy HF_HOME here, or give a local folder"
+    )
+
+
+# What they say -----------------------------------------------------------------------------------------------------
+
+
+def _read_config(model_id: str, folder: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    file = folder / "config.json"
+    raw = _read_json(model_id, file)
+    if "auto_map" in raw:
+        raise UsageError(
+            f"model.model_id={model_id}: its config.json asks for Python code of its own (auto_map), which is never "
+            "run here; take a model that transformers itself implements"
+        )
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UsageError(
+            f"model.model_id={model_id}: model_type {raw.get('model_type')!r} in {file} is not known to transformers "
+            f"{transformers.__version__}, or its settings are not valid"
+        ) from error
+    _check_architecture(settings, f"model.model_id={model_id}")
+    for key, value in _own_settings(settings, overrides).items():
+        setattr(settings, key, value)
+    return settings
+
+
+def _read_json(model_id: str, file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text())
+    except OSError as error:
+        raise NotFoundError(
+            f"model.model_id={model_id}: {file} is missing or cannot be read; a model's folder holds config.json and "
+            "model.safetensors, as save_pretrained leaves them"
+        ) from error
+    except ValueError as error:
+        raise NotFoundError(f"model.model_id={model_id}: {file} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise NotFoundError(f"model.model_id={model_id}: {file} holds no settings")
+    return raw
+
+
+def _scratch_config(model_id: str | None, config: Mapping[str, Any]) -> tuple[PreTrainedConfig, str]:
+    """Configuration of a network with random weights, and a name for it in messages."""
+    kind = config.get("model_type")
+    if kind is None and model_id is not None:
+        return _read_config(model_id, _settings_folder(model_id), config), f"{model_id} (random weights)"
+    if kind is None:
+        raise UsageError("model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id")
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError as error:
+        near = difflib.get_close_matches(str(kind), transformers.CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"model.config.model_type={kind} is not known to transformers{hint}") from error
+    _check_architecture(default, f"model.config.model_type={kind}")
+    try:
+        settings = AutoConfig.for_model(kind, **_own_settings(default, config))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.config is not valid for model_type={kind}: {reason}") from error
+    return settings, f"{kind} (random weights)"
+
+
+def _settings_folder(model_id: str) -> Path:
+    """The folder with ``config.json`` of ``model_id``; weights need not be there."""
+    path = Path(model_id).expanduser()
+    if path.is_dir() or path.is_file() or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
+        return _folder(model_id)
+    try:
+        with _quiet():
+            return Path(snapshot_download(model_id, allow_patterns=list(SETTINGS)))
+    except HFValidationError as error:
+        raise UsageError(f"model.model_id={model_id} is neither a local folder nor a hub id (owner/name)") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise NotFoundError(_not_had(model_id, error)) from error
+
+
+def _own_settings(default: PreTrainedConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without our own words; raises UsageError for a key that this architecture does not have."""
+    wanted = {key: value for key, value in config.items() if key not in ("model_type", *NORMALISATION)}
+    known = {*default.to_dict(), *default.attribute_map}
+    for key in wanted:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known)[:8])}, ..."
+            raise UsageError(f"model.config.{key} is not a setting of {default.model_type}: {hint}")
+    return wanted
+
+
+def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
+    """Refuse, before anything large is built, what cannot turn images into features."""
+    if settings.model_type in UNSUITABLE:
+        raise UsageError(
+            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}, so the same image has no fixed features"
+        )
+    try:
+        kind = transformers.MODEL_MAPPING[type(settings)]
+    except KeyError as error:
+        raise UsageError(f"{where}: transformers has no backbone for {settings.model_type}") from error
+    if getattr(kind, "main_input_name", "") != "pixel_values":
+        raise UsageError(f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)")
+
+
+def _processing(
+    model_id: str, folder: Path, settings: PreTrainedConfig, config: Mapping[str, Any]
+) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
+    """Image side, mean and std, from the image processor beside the weights, unless ``config`` gives mean and std."""
+    mean, std = (_triple(config, key) for key in NORMALISATION)
+    size = _native_size(settings) or 224
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        if mean is None or std is None:
+            logger.warning(
+                "%s: no preprocessor_config.json beside the weights; images are normalised with mean and std 0.5. "
+                "Say otherwise by model.config.image_mean=[...] and model.config.image_std=[...]",
+                model_id,
+            )
+        return size, mean or HALF, std or HALF
+    if "auto_map" in _read_json(model_id, file):
+        raise UsageError(f"model.model_id={model_id}: its image processor asks for Python code of its own, never run")
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, config=settings, trust_remote_code=False)
+    except (ValueError, OSError, TypeError) as error:
+        raise UsageError(f"model.model_id={model_id}: {file} is not an image processor of transformers") from error
+    mean = mean or _triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean")
+    std = std or _triple({"image_std": getattr(processor, "image_std", None)}, "image_std")
+    return _processor_size(processor) or size, mean or HALF, std or HALF
+
+
+def _processor_size(processor: Any) -> int | None:
+    """Side of the images after the processor's own resizing and cropping."""
+    crops = bool(getattr(processor, "do_center_crop", False))
+    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [getattr(processor, "size", None)]:
+        if isinstance(size, int):
+            return size
+        for key in ("height", "shortest_edge"):
+            value = getattr(size, key, None) if not isinstance(size, Mapping) else size.get(key)
+            if value:
+                return int(value)
+    return None
+
+
+def _native_size(settings: PreTrainedConfig) -> int | None:
+    """Side of the images that the network was made for; None where it has no opinion (convolutions)."""
+    size = getattr(settings, "image_size", None)
+    return size if isinstance(size, int) else (size[0] if size else None)
+
+
+def _triple(values: Mapping[str, Any], key: str) -> tuple[float, float, float] | None:
+    """Three numbers (one stands for three), or None where there are none."""
+    value = values.get(key)
+    if value is None:
+        return None
+    numbers = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * 3
+    if len(numbers) != 3:
+        raise UsageError(f"model.config.{key} wants three numbers, one a colour, not {value}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+# The weights -------------------------------------------------------------------------------------------------------
+
+
+class _Loaded:
+    """A model and the names of its tensors that the checkpoint did not hold."""
+
+    def __init__(self, model: nn.Module, missing: set[str]) -> None:
+        self.model = model
+        self.missing = missing
+
+
+def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> _Loaded:
+    try:
+        # Missing tensors are drawn at random here, and refused by the caller.
+        with seeded(0), _quiet():
+            model, info = AutoModel.from_pretrained(
+                folder,
+                config=settings,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **_options(settings),
+            )
+    except OSError as error:
+        raise NotFoundError(
+            f"model.model_id={model_id}: no readable weights in {folder} (model.safetensors or pytorch_model.bin; a "
+            "broken or partial download: remove the folder and get it again)"
+        ) from error
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NotFoundError(
+            f"model.model_id={model_id}: the weights in {folder} do not fit the network of its config.json or are "
+            f"damaged: {reason}"
+        ) from error
+    missing = {name for name in info["missing_keys"] if not name.endswith("num_batches_tracked")}
+    return _Loaded(model, missing)
+
+
+def _options(settings: PreTrainedConfig) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if settings.model_type in WITHOUT_POOLER else {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading reports and progress bars out of ours within the block."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,221 @@
+"""Classification networks of torchvision, every one by name, with their classifier taken off.
+
+torchvision's own weights, a downloaded file and a state dict saved here go the same way: the network is built
+bare, its tensors are loaded by name, and one that is missing is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.models.backbone import Backbone, flattened
+from nostalgia.models.seeding import seeded
+
+HALF = (0.5, 0.5, 0.5)
+Triple = tuple[float, float, float]
+
+#: Auxiliary classifiers, which only help to train from scratch and are no part of the features.
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
+#: Networks that torchvision ports from TensorFlow: made for mean and std 0.5, which a switch in them imitates from
+#: ImageNet's. Without the switch and with 0.5 given to the pipeline, the network sees exactly the same.
+FROM_TENSORFLOW = ("googlenet", "inception_v3")
+
+
+def architectures() -> list[str]:
+    """Names of all torchvision classification networks."""
+    return list_models(module=torchvision.models)
+
+
+def build(
+    arch: str | None,
+    model_id: str | None,
+    pretrained: bool,
+    config: Mapping[str, Any],
+    image_size: int | None,
+    seed: int,
+) -> Backbone:
+    """Backbone ``arch``, its weights from ``model_id`` (a file, or a name such as IMAGENET1K_V2) or the current ones.
+
+    Raises NotFoundError for weights that cannot be had or do not fit, UsageError for an unknown architecture.
+    """
+    file = _file(model_id) if pretrained else None
+    stored = _metadata(file) if file is not None else {}
+    arch = arch or stored.get("arch")
+    if arch not in architectures():
+        near = difflib.get_close_matches(str(arch), architectures(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(architectures())
+        raise UsageError(f"model.arch={arch} is not a classification network of torchvision: {hint}")
+    weights = _weights(arch, None if file is not None else model_id)
+    transform = weights.transforms()
+    native = int(stored.get("image_size", transform.crop_size[0]))
+    size = image_size or native
+    with seeded(seed):
+        model, classifier = bare(arch, config, size)
+    mean, std = HALF, HALF
+    if pretrained:
+        _load(model, classifier, arch, file, weights, size)
+        if arch not in FROM_TENSORFLOW:
+            mean, std = _triple(stored.get("mean", transform.mean)), _triple(stored.get("std", transform.std))
+    source = f"torchvision {arch}" + ("" if pretrained else " (random weights)")
+    return Backbone(
+        model, flattened, image_size=size, mean=mean, std=std, framework="torchvision", source=source, arch=arch
+    )
+
+
+def bare(arch: str, config: Mapping[str, Any], image_size: int) -> tuple[nn.Module, str]:
+    """The network with random weights, its classifier replaced by nothing, and the name that the classifier had."""
+    if "num_classes" in config or "weights" in config:
+        raise UsageError("model.config takes neither num_classes nor weights: heads belong to the tasks")
+    arguments: dict[str, Any] = dict(config)
+    if arch in FROM_TENSORFLOW:
+        arguments |= {"aux_logits": False, "transform_input": False, "init_weights": True}
+    if arch.startswith("vit_"):
+        arguments["image_size"] = image_size
+    if arch.startswith("maxvit"):
+        arguments["input_size"] = (image_size, image_size)
+    try:
+        model = get_model(arch, weights=None, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        given = f" and model.config={dict(config)}" if config else ""
+        raise UsageError(
+            f"torchvision {arch} cannot be built for dataset.image_size={image_size}{given}: {error}"
+        ) from error
+    # The last layer as defined: linear everywhere but in SqueezeNet, whose classifier is a 1 x 1 convolution.
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    name = layers[-1]
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.Identity())
+    return model, name
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+def _file(model_id: str | None) -> Path | None:
+    """``model_id`` as a file of weights, or None where it names none; raises NotFoundError for one that is not there."""
+    if model_id is None:
+        return None
+    path = Path(model_id).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UsageError(f"model.model_id={model_id} is a folder: model.framework=torchvision wants a file of weights")
+    if "/" in model_id or path.suffix:
+        raise NotFoundError(
+            f"model.model_id={model_id}: there is no such file of weights ({path.absolute()}); with "
+            "model.framework=torchvision give a .pth or .safetensors file, or null for the current weights"
+        )
+    return None
+
+
+def _weights(arch: str, name: str | None) -> WeightsEnum:
+    known = get_model_weights(arch)
+    if name is None:
+        return known.DEFAULT
+    if name not in known.__members__:
+        raise UsageError(
+            f"model.model_id={name} is neither a file nor a name of weights of {arch}: {', '.join(known.__members__)}"
+        )
+    return known[name]
+
+
+def _load(
+    model: nn.Module, classifier: str, arch: str, file: Path | None, weights: WeightsEnum, image_size: int
+) -> None:
+    """Fill ``model`` from ``file``, else from ``weights``; every tensor must be there and fit."""
+    source = f"model.model_id={file}" if file is not None else f"weights of {arch}"
+    state = _read(file, source) if file is not None else _download(arch, weights)
+    if arch.startswith("densenet"):
+        state = {_current_densenet_name(name): value for name, value in state.items()}
+    if arch.startswith("vit_") and "encoder.pos_embedding" in state:
+        state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
+    expected = model.state_dict()
+    dropped = (f"{classifier}.", *(f"{name}." for name in AUXILIARY))
+    kept = OrderedDict((name, value) for name, value in state.items() if not name.startswith(dropped))
+    missing = [name for name in expected if name not in kept and not name.endswith("num_batches_tracked")]
+    strange = [name for name in kept if name not in expected]
+    wrong = [name for name in kept if name in expected and kept[name].shape != expected[name].shape]
+    for label, names in (("lacks", missing), ("has unknown", strange), ("has other shapes for", wrong)):
+        if names:
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise NotFoundError(f"{source} {label} {len(names)} tensors of {arch} ({listed}): not weights of {arch}")
+    # Some networks (MNASNet) refuse a state dict that does not say which version of them it is of.
+    kept._metadata = expected._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(kept, strict=False)
+
+
+def _current_densenet_name(name: str) -> str:
+    """torchvision's files still say ``norm.1`` where the network says ``norm1``."""
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
+
+
+def _read(file: Path, source: str) -> dict[str, Tensor]:
+    """State dict in ``file`` (.safetensors, or a pickle that holds tensors only), without wrappings of trainers."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise NotFoundError(
+            f"{source}: not a readable state dict of tensors alone (damaged, or a whole pickled model: save "
+            "model.state_dict() instead)"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise NotFoundError(f"{source} holds no state dict: names and tensors are expected")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """What an export says beside the tensors: arch, image_size, mean, std."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise NotFoundError(f"model.model_id={file}: not a readable safetensors file ({error})") from error
+
+
+def _download(arch: str, weights: WeightsEnum) -> dict[str, Tensor]:
+    """torchvision's weights, from its cache or the network; one process of a machine downloads, the others wait."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name = os.path.basename(urlparse(weights.url).path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):
+            return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        broken = (folder / name).is_file()
+        state = "is damaged or partial: remove it" if broken else "is not there, and downloading it failed"
+        reason = " ".join(str(error).split())[:120]
+        raise NotFoundError(
+            f"model.arch={arch}: weights {weights.name} not found: {folder / name} {state} ({reason}); get "
+            f"{weights.url} where there is a network and put it there (TORCH_HOME says where), or give "
+            "model.model_id=/path/to/weights.pth"
+        ) from error
+
+
+def _triple(value: str | list[float]) -> Triple:
+    numbers = [float(v) for v in (value.split(",") if isinstance(value, str) else value)]
+    return numbers[0], numbers[1], numbers[2]
