@@ -20,7 +20,18 @@ from nostalgia.models.backbones import has_adapters
 from nostalgia.models.seeding import seeded
 
 #: Query, key, value and output projections of attention, as the libraries name them.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "attention.output.dense", "qkv")
+ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "out_proj",
+    "query",
+    "key",
+    "value",
+    "attention.output.dense",
+    "qkv",
+)
 
 #: Names of transformers before 5, longest first, and what it calls the same layers since.
 RENAMED = {
@@ -47,12 +58,13 @@ def attach_lora(
     backbone: Backbone,
     *,
     r: int,
-    alpha: float,
+    alpha: int,
     dropout: float = 0.0,
     target_modules: Sequence[str] | None = None,
     seed: int = 0,
 ) -> None:
-    """Freeze ``backbone`` and give the target layers ``W + (alpha / r) B A``, with A, B trainable and B = 0 at first.
+    """Freeze ``backbone`` and give the target layers ``W + (alpha / r) B A``, with A, B trainable and B = 0
+    at first.
 
     ``target_modules`` are ends of layer names (``q_proj``, ``attention.query``); None takes the attention's
     projections, and in a network without attention layers every linear and convolution layer but the first.
@@ -60,7 +72,8 @@ def attach_lora(
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UsageError(
-            f"model.lora: r={r}, alpha={alpha}, dropout={dropout}; wanted are r >= 1, alpha > 0 and 0 <= dropout < 1"
+            f"model.lora: r={r}, alpha={alpha}, dropout={dropout}; "
+            "wanted are r >= 1, alpha > 0 and 0 <= dropout < 1"
         )
     if has_adapters(backbone):
         raise UsageError("the backbone has adapters already: they stay attached over all tasks")
@@ -91,17 +104,19 @@ def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) ->
         grouped = [name for name in matches if name not in plain]
         if grouped:
             raise UsageError(
-                f"model.lora.target_modules: {grouped[0]} (by {target}) is a grouped convolution, which cannot take an "
-                f"adapter; the others are {_summary(plain)}"
+                f"model.lora.target_modules: {grouped[0]} (by {target}) is a grouped convolution, which "
+                f"cannot take an adapter; the others are {_summary(plain)}"
             )
         if not matches:
             raise UsageError(
-                f"model.lora.target_modules: {target} matches no layer of {backbone.source} that is called; its "
-                f"linear and convolution layers are {_summary(plain)}"
+                f"model.lora.target_modules: {target} matches no layer of {backbone.source} that is called; "
+                f"its linear and convolution layers are {_summary(plain)}"
             )
         targets.update(matches)
     if not targets:
-        raise UsageError(f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}")
+        raise UsageError(
+            f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}"
+        )
     return [name for name in called if name in targets]
 
 
@@ -128,7 +143,7 @@ def _without_adapter_layers(backbone: Backbone, merge: bool) -> Backbone:
 
 
 def _matching(names: Iterable[str], target: str) -> list[str]:
-    """Names that end in ``target``, else in what transformers calls it now, else in what it called it before."""
+    """Names that end in ``target``, else in what transformers calls it now, else in what it once did."""
     names = list(names)
     found = [name for name in names if _ends_with(name, (target,))]
     if found or re.search(r"\d", target):  # a numbered layer is named exactly, or not at all
@@ -154,4 +169,6 @@ def _summary(names: Sequence[str], limit: int = 24) -> str:
     """``layers.*.attention.q_proj (12), ...``: the layers by kind, with their numbers."""
     kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     listed = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items()]
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more kinds" if len(listed) > limit else "")
+    return ", ".join(listed[:limit]) + (
+        f" and {len(listed) - limit} more kinds" if len(listed) > limit else ""
+    )

@@ -44,9 +44,10 @@ def flattened(output: Any) -> Tensor:
 class Backbone(nn.Module):
     """A network without classifier: ``forward(images (B, 3, H, W)) -> features (B, feature_dim)``.
 
-    ``model`` is the library's own module, so that its tools can be used on it; ``mean`` and ``std`` are what images
-    in [0, 1] are normalised with, ``image_size`` the side in pixels that the network is fed. Parameters on which the
-    features do not depend (a mask token, say) do not require a gradient: DDP would wait for them.
+    ``model`` is the library's own module, so that its tools can be used on it; ``mean`` and ``std`` are what
+    images in [0, 1] are normalised with, ``image_size`` the side in pixels that the network is fed.
+    Parameters on which the features do not depend (a mask token, say) do not require a gradient: DDP would
+    wait for them.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Backbone(nn.Module):
     ) -> None:
         """``features`` reads the features out of the model's output (None: chosen from what the model gives).
 
-        ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights are
-        from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take images of ``image_size``.
+        ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights
+        are from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take
+        images of ``image_size``.
         """
         super().__init__()
         self.model = model
@@ -83,19 +85,22 @@ class Backbone(nn.Module):
         self.features = features or _convention(model, result.output)
         shape = self.features(result.output).shape
         if len(shape) != 2:
-            raise UsageError(f"{source} gives an output of shape {tuple(shape)}, not one feature vector an image")
+            raise UsageError(
+                f"{source} gives an output of shape {tuple(shape)}, not one feature vector an image"
+            )
         self.feature_dim = shape[1]
         self.unused = frozenset(result.unused(self.features(result.output)))
         for name, parameter in model.named_parameters():
             if name in self.unused:
                 parameter.requires_grad_(False)
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of normalised ``images`` (B, 3, image_size, image_size)."""
         return self.features(self._run(self.model, images))
 
     def train(self, mode: bool = True) -> Backbone:
-        """As ``nn.Module.train``, but batch-norm layers stay in evaluation mode while ``norm_frozen`` is set."""
+        """As ``nn.Module.train``, but batch-norm layers stay in evaluation mode under ``norm_frozen``."""
         super().train(mode)
         if self.norm_frozen:
             for module in self.modules():
@@ -117,7 +122,7 @@ class Backbone(nn.Module):
             self.paused = frozenset()
 
     def called_layers(self) -> tuple[str, ...]:
-        """Names, relative to ``model``, of the linear and convolution layers that are really called, in order."""
+        """Names within ``model`` of the linear and convolution layers that are really called, in order."""
         return self._probe().called
 
     def _probe(self) -> Probe:
@@ -127,7 +132,7 @@ class Backbone(nn.Module):
             reason = str(error).strip().splitlines()
             raise UsageError(
                 f"{self.source} cannot take images of {self.image_size} x {self.image_size} pixels: "
-                f"{reason[0] if reason else type(error).__name__}; set dataset.image_size to a size that it can"
+                f"{reason[0] if reason else type(error).__name__}; choose another dataset.image_size"
             ) from error
 
     def _run(self, model: Callable[..., Any], images: Tensor) -> Any:
@@ -141,6 +146,8 @@ def _convention(model: nn.Module, output: Any) -> Callable[[Any], Tensor]:
     if getattr(output, "pooler_output", None) is not None:
         return pooled
     if getattr(output, "last_hidden_state", None) is None:
-        raise UsageError(f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features")
+        raise UsageError(
+            f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features"
+        )
     has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
     return class_token if has_class_token and output.last_hidden_state.dim() == 3 else mean_of_tokens

@@ -26,18 +26,21 @@ def build_backbone(
     """Build the backbone that the words of ``model.*`` describe, on the CPU, in float32.
 
     ``framework`` is ``hf`` (``model_id``: hub id or folder; ``config``: settings of the architecture, with
-    ``model_type`` for one from scratch) or ``torchvision`` (``arch``; ``model_id``: a file with a state dict, or the
-    name of one of the architecture's weights; ``config``: arguments of its builder). ``image_size`` None takes the
-    size the weights were trained at. Random weights depend on ``seed`` alone; the global random state is untouched.
+    ``model_type`` for one from scratch) or ``torchvision`` (``arch``; ``model_id``: a file with a state dict,
+    or the name of one of the architecture's weights; ``config``: arguments of its builder). ``image_size``
+    None takes the size the weights were trained at. Random weights depend on ``seed`` alone; the global
+    random state is untouched.
 
-    Raises NotFoundError where wanted weights cannot be had (random ones never stand in for them), UsageError for
-    words that cannot be right.
+    Raises NotFoundError where wanted weights cannot be had (random ones never stand in for them), UsageError
+    for words that cannot be right.
     """
     if image_size is not None and image_size < 1:
         raise UsageError(f"dataset.image_size={image_size}: the side of an image is at least one pixel")
     if framework == "hf":
         if arch is not None:
-            raise UsageError(f"model.arch={arch} goes with model.framework=torchvision; model.framework is hf")
+            raise UsageError(
+                f"model.arch={arch} goes with model.framework=torchvision; model.framework is hf"
+            )
         from nostalgia.models import huggingface
 
         return huggingface.build(model_id, pretrained, config or {}, image_size, seed)
@@ -56,20 +59,22 @@ def has_adapters(backbone: nn.Module) -> bool:
 def projected_parameters(backbone: nn.Module, which: str = "auto") -> dict[str, nn.Parameter]:
     """The parameters that the method protects, by their name in ``backbone``, in the module's order.
 
-    ``lora-only``: the adapters; ``backbone``: everything trainable in the backbone; ``auto``: the adapters where
-    there are some, else the backbone. What ``Backbone.set_trainable(False)`` froze for a while still counts.
-    Raises UsageError for ``lora-only`` without adapters and for a backbone in which nothing is trainable.
+    ``lora-only``: the adapters; ``backbone``: everything trainable in the backbone; ``auto``: the adapters
+    where there are some, else the backbone. What ``Backbone.set_trainable(False)`` froze for a while still
+    counts. Raises UsageError for ``lora-only`` without adapters and for a backbone in which nothing is
+    trainable.
     """
     if which not in ("auto", "backbone", "lora-only"):
         raise UsageError(f"nostalgia.project_params={which}: auto, backbone and lora-only are allowed")
     adapters = has_adapters(backbone)
     if which == "lora-only" and not adapters:
         raise UsageError(
-            "nostalgia.project_params=lora-only, but the backbone has no adapters: set model.use_lora=true, or "
+            "nostalgia.project_params=lora-only, but the backbone has no adapters: set model.use_lora=true, "
+            "or "
             "nostalgia.project_params=backbone"
         )
     only_adapters = which == "lora-only" or (which == "auto" and adapters)
-    paused = getattr(backbone, "paused", frozenset())
+    paused: frozenset[str] = getattr(backbone, "paused", frozenset())
     chosen = {
         name: parameter
         for name, parameter in backbone.named_parameters()

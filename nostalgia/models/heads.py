@@ -22,7 +22,9 @@ def make_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     Small logits at first keep the gradient that a fresh head sends into the backbone small.
     """
     if feature_dim < 1 or num_classes < 1:
-        raise UsageError(f"a head needs features and classes, not {feature_dim} features and {num_classes} classes")
+        raise UsageError(
+            f"a head needs features and classes, not {feature_dim} features and {num_classes} classes"
+        )
     with seeded(seed):
         head = nn.Linear(feature_dim, num_classes)
         nn.init.normal_(head.weight, std=INITIAL_STD)
@@ -32,14 +34,16 @@ def make_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
 
 @torch.no_grad()
 def expand_head(head: nn.Linear, num_classes: int, seed: int) -> nn.Linear:
-    """New head of ``num_classes`` rows: the first are those of ``head``, the others as ``make_head`` makes them.
+    """New head of ``num_classes`` rows: the first are those of ``head``, the others as ``make_head`` makes
+    them.
 
-    Keeps device, dtype and ``requires_grad``; raises UsageError when there would be fewer classes than before.
+    Keeps device, dtype and ``requires_grad``; raises UsageError when there would be fewer classes than
+    before.
     """
     if num_classes < head.out_features:
         raise UsageError(
-            f"a head of {head.out_features} classes cannot shrink to {num_classes}: a task that comes back must "
-            "list its old classes first, new ones after"
+            f"a head of {head.out_features} classes cannot shrink to {num_classes}: a task that comes back "
+            "must list its old classes first, new ones after"
         )
     grown = make_head(head.in_features, num_classes, seed).to(head.weight.device, head.weight.dtype)
     grown.weight[: head.out_features] = head.weight
@@ -58,7 +62,7 @@ def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
 
 
 def load_heads(file: Path) -> dict[str, nn.Linear]:
-    """Read what ``save_heads`` wrote, by name; raises NotFoundError when the file is missing or unreadable."""
+    """Read what ``save_heads`` wrote, by name; raises NotFoundError when it cannot be read."""
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,6 @@
 """Backbones of Hugging Face transformers: from a hub id, a local folder, or a configuration alone.
 
-Code from a repository is never run. Weights are taken from the cache first; what is not there is downloaded by the
-hub's own client, whose locks let one process of a machine download while the others wait.
+Code from a repository is never run, and weights that lack a tensor are refused.
 """
 
 from __future__ import annotations
@@ -10,39 +9,33 @@ import difflib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
-from transformers.utils import logging as hf_logging
 
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.models import hub
 from nostalgia.models.backbone import Backbone, class_token, token_pair
 from nostalgia.models.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
 HALF = (0.5, 0.5, 0.5)
-SETTINGS = ("config.json", "preprocessor_config.json")
-SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
-PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 #: Conventions that the output alone does not tell. All others: ``pooler_output`` where there is one.
-FEATURES: dict[str, Callable[[Any], Tensor]] = {"vit": class_token, "vit_msn": class_token, "deit": token_pair}
+FEATURES: dict[str, Callable[[Any], Tensor]] = {
+    "vit": class_token,
+    "vit_msn": class_token,
+    "deit": token_pair,
+}
 #: Architectures whose pooler is a trainable layer that their own classifier does not use.
 WITHOUT_POOLER = ("vit", "deit")
 UNSUITABLE = {"vit_mae": "hides patches at random in every forward pass"}
@@ -53,7 +46,7 @@ NORMALISATION = ("image_mean", "image_std")
 def build(
     model_id: str | None, pretrained: bool, config: Mapping[str, Any], image_size: int | None, seed: int
 ) -> Backbone:
-    """Backbone of ``model_id`` (hub id or folder), or from ``config`` with random weights when not ``pretrained``.
+    """Backbone with the weights of ``model_id``, or, when not ``pretrained``, with random ones.
 
     Raises NotFoundError for weights or settings that cannot be had, UsageError for what cannot be a backbone.
     """
@@ -63,8 +56,8 @@ def build(
         return _pretrained(model_id, config, image_size)
     settings, source = _scratch_config(model_id, config)
     if image_size is not None and "image_size" not in config and hasattr(settings, "image_size"):
-        settings.image_size = image_size
-    with seeded(seed), _quiet():
+        settings.image_size = image_size if isinstance(settings.image_size, int) else [image_size] * 2
+    with seeded(seed), hub.quiet():
         model = AutoModel.from_config(settings, trust_remote_code=False, **_options(settings))
     mean, std = (_triple(config, key) or HALF for key in NORMALISATION)
     size = image_size or _native_size(settings) or 224
@@ -72,16 +65,16 @@ def build(
 
 
 def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None) -> Backbone:
-    folder = _folder(model_id)
+    folder = hub.weights_folder(model_id)
     settings = _read_config(model_id, folder, config)
-    model = _load(model_id, folder, settings)
+    model, missing = _load(model_id, folder, settings)
     size, mean, std = _processing(model_id, folder, settings, config)
-    backbone = _backbone(model.model, settings, image_size or size, mean, std, model_id)
-    lost = sorted(name for name in model.missing if name not in backbone.unused)
+    backbone = _backbone(model, settings, image_size or size, mean, std, model_id)
+    lost = sorted(name for name in missing if name not in backbone.unused)
     if lost:
         raise NotFoundError(
             f"model.model_id={model_id}: {len(lost)} of the network's tensors are not in the weights "
-            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); they would be random: get complete weights"
+            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); they would be random"
         )
     return backbone
 
@@ -102,9 +95,10 @@ def _backbone(
             f"take {lower} or {lower + patch}"
         )
     call = {}
-    if image_size != _native_size(settings) and "interpolate_pos_encoding" in inspect.signature(
-        model.forward
-    ).parameters:
+    if (
+        image_size != _native_size(settings)
+        and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    ):
         call["interpolate_pos_encoding"] = True
     return Backbone(
         model,
@@ -118,62 +112,7 @@ def _backbone(
     )
 
 
-# Where the files are -----------------------------------------------------------------------------------------------
-
-
-def _folder(model_id: str) -> Path:
-    """The folder that holds config and weights of ``model_id``: a local one, the cache's, or freshly downloaded."""
-    path = Path(model_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UsageError(
-            f"model.model_id={model_id} is a file: model.framework=hf wants a folder with config.json and weights "
-            "(a torchvision state dict needs model.framework=torchvision and model.arch)"
-        )
-    if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
-        raise NotFoundError(f"model.model_id={model_id}: there is no such folder (looked in {path.absolute()})")
-    cached = _cached(model_id)
-    if cached is not None:
-        return cached
-    try:
-        with _quiet():
-            folder = Path(snapshot_download(model_id, allow_patterns=[*SETTINGS, *SAFETENSORS]))
-            if not _has_weights(folder):
-                folder = Path(snapshot_download(model_id, allow_patterns=[*SETTINGS, *PICKLED]))
-    except HFValidationError as error:
-        raise UsageError(f"model.model_id={model_id} is neither a local folder nor a hub id (owner/name)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise NotFoundError(_not_had(model_id, error)) from error
-    return folder
-
-
-def _cached(model_id: str) -> Path | None:
-    """The snapshot of ``model_id`` in the hub's cache, if its settings and weights are there."""
-    try:
-        folder = Path(snapshot_download(model_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return folder if (folder / "config.json").is_file() and _has_weights(folder) else None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in (SAFETENSORS[0], PICKLED[0]))
-
-
-def _not_had(model_id: str, error: Exception) -> str:
-    """One line: where ``model_id`` was looked for, why it could not be had, and how to put it there."""
-    offline = "1" if constants.HF_HUB_OFFLINE else "unset"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = f"HTTP {status}: no such repository, or no access to it" if status else "the hub cannot be reached"
-    return (
-        f"model.model_id={model_id}: weights not found; looked for a folder of that name, then in the cache "
-        f"{constants.HF_HUB_CACHE} (HF_HOME={constants.HF_HOME}), then on the hub (HF_HUB_OFFLINE={offline}: {reason}); "
-        f"run `hf download {model_id}` where there is a network and copy HF_HOME here, or give a local folder"
-    )
-
-
-# What they say -----------------------------------------------------------------------------------------------------
+# What they say ----------------------------------------------------------------------------------------------
 
 
 def _read_config(model_id: str, folder: Path, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -181,15 +120,15 @@ def _read_config(model_id: str, folder: Path, overrides: Mapping[str, Any]) -> P
     raw = _read_json(model_id, file)
     if "auto_map" in raw:
         raise UsageError(
-            f"model.model_id={model_id}: its config.json asks for Python code of its own (auto_map), which is never "
-            "run here; take a model that transformers itself implements"
+            f"model.model_id={model_id}: its config.json asks for Python code of its own (auto_map), which "
+            "is never run here; take a model that transformers itself implements"
         )
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UsageError(
-            f"model.model_id={model_id}: model_type {raw.get('model_type')!r} in {file} is not known to transformers "
-            f"{transformers.__version__}, or its settings are not valid"
+            f"model.model_id={model_id}: model_type {raw.get('model_type')!r} in {file} is not known to "
+            f"transformers {transformers.__version__}, or its settings are not valid"
         ) from error
     _check_architecture(settings, f"model.model_id={model_id}")
     for key, value in _own_settings(settings, overrides).items():
@@ -202,8 +141,8 @@ def _read_json(model_id: str, file: Path) -> dict[str, Any]:
         raw = json.loads(file.read_text())
     except OSError as error:
         raise NotFoundError(
-            f"model.model_id={model_id}: {file} is missing or cannot be read; a model's folder holds config.json and "
-            "model.safetensors, as save_pretrained leaves them"
+            f"model.model_id={model_id}: {file} is missing or cannot be read; a model's folder holds "
+            "config.json and model.safetensors, as save_pretrained leaves them"
         ) from error
     except ValueError as error:
         raise NotFoundError(f"model.model_id={model_id}: {file} is not valid JSON ({error})") from error
@@ -216,9 +155,11 @@ def _scratch_config(model_id: str | None, config: Mapping[str, Any]) -> tuple[Pr
     """Configuration of a network with random weights, and a name for it in messages."""
     kind = config.get("model_type")
     if kind is None and model_id is not None:
-        return _read_config(model_id, _settings_folder(model_id), config), f"{model_id} (random weights)"
+        return _read_config(model_id, hub.settings_folder(model_id), config), f"{model_id} (random weights)"
     if kind is None:
-        raise UsageError("model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id")
+        raise UsageError(
+            "model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id"
+        )
     try:
         default = AutoConfig.for_model(kind)
     except ValueError as error:
@@ -232,20 +173,6 @@ def _scratch_config(model_id: str | None, config: Mapping[str, Any]) -> tuple[Pr
         reason = " ".join(str(error).split())
         raise UsageError(f"model.config is not valid for model_type={kind}: {reason}") from error
     return settings, f"{kind} (random weights)"
-
-
-def _settings_folder(model_id: str) -> Path:
-    """The folder with ``config.json`` of ``model_id``; weights need not be there."""
-    path = Path(model_id).expanduser()
-    if path.is_dir() or path.is_file() or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
-        return _folder(model_id)
-    try:
-        with _quiet():
-            return Path(snapshot_download(model_id, allow_patterns=list(SETTINGS)))
-    except HFValidationError as error:
-        raise UsageError(f"model.model_id={model_id} is neither a local folder nor a hub id (owner/name)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise NotFoundError(_not_had(model_id, error)) from error
 
 
 def _own_settings(default: PreTrainedConfig, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,37 +191,44 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
     """Refuse, before anything large is built, what cannot turn images into features."""
     if settings.model_type in UNSUITABLE:
         raise UsageError(
-            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}, so the same image has no fixed features"
+            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}, so an image has no fixed features"
         )
     try:
         kind = transformers.MODEL_MAPPING[type(settings)]
     except KeyError as error:
         raise UsageError(f"{where}: transformers has no backbone for {settings.model_type}") from error
     if getattr(kind, "main_input_name", "") != "pixel_values":
-        raise UsageError(f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)")
+        raise UsageError(
+            f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)"
+        )
 
 
 def _processing(
     model_id: str, folder: Path, settings: PreTrainedConfig, config: Mapping[str, Any]
 ) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
-    """Image side, mean and std, from the image processor beside the weights, unless ``config`` gives mean and std."""
+    """Image side, mean and std of the image processor beside the weights; ``config`` may overrule them."""
     mean, std = (_triple(config, key) for key in NORMALISATION)
     size = _native_size(settings) or 224
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         if mean is None or std is None:
             logger.warning(
-                "%s: no preprocessor_config.json beside the weights; images are normalised with mean and std 0.5. "
+                "%s: no preprocessor_config.json beside the weights; images are normalised with mean and std "
+                "0.5. "
                 "Say otherwise by model.config.image_mean=[...] and model.config.image_std=[...]",
                 model_id,
             )
         return size, mean or HALF, std or HALF
     if "auto_map" in _read_json(model_id, file):
-        raise UsageError(f"model.model_id={model_id}: its image processor asks for Python code of its own, never run")
+        raise UsageError(
+            f"model.model_id={model_id}: its image processor asks for Python code of its own, never run"
+        )
     try:
         processor = AutoImageProcessor.from_pretrained(folder, config=settings, trust_remote_code=False)
     except (ValueError, OSError, TypeError) as error:
-        raise UsageError(f"model.model_id={model_id}: {file} is not an image processor of transformers") from error
+        raise UsageError(
+            f"model.model_id={model_id}: {file} is not an image processor of transformers"
+        ) from error
     mean = mean or _triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean")
     std = std or _triple({"image_std": getattr(processor, "image_std", None)}, "image_std")
     return _processor_size(processor) or size, mean or HALF, std or HALF
@@ -303,7 +237,9 @@ def _processing(
 def _processor_size(processor: Any) -> int | None:
     """Side of the images after the processor's own resizing and cropping."""
     crops = bool(getattr(processor, "do_center_crop", False))
-    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [getattr(processor, "size", None)]:
+    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [
+        getattr(processor, "size", None)
+    ]:
         if isinstance(size, int):
             return size
         for key in ("height", "shortest_edge"):
@@ -330,21 +266,14 @@ def _triple(values: Mapping[str, Any], key: str) -> tuple[float, float, float] |
     return numbers[0], numbers[1], numbers[2]
 
 
-# The weights -------------------------------------------------------------------------------------------------------
+# The weights ------------------------------------------------------------------------------------------------
 
 
-class _Loaded:
-    """A model and the names of its tensors that the checkpoint did not hold."""
-
-    def __init__(self, model: nn.Module, missing: set[str]) -> None:
-        self.model = model
-        self.missing = missing
-
-
-def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> _Loaded:
+def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> tuple[nn.Module, set[str]]:
+    """The network with its weights, and the names of its tensors that they do not hold."""
     try:
         # Missing tensors are drawn at random here, and refused by the caller.
-        with seeded(0), _quiet():
+        with seeded(0), hub.quiet():
             model, info = AutoModel.from_pretrained(
                 folder,
                 config=settings,
@@ -356,33 +285,18 @@ def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> _Loaded:
             )
     except OSError as error:
         raise NotFoundError(
-            f"model.model_id={model_id}: no readable weights in {folder} (model.safetensors or pytorch_model.bin; a "
-            "broken or partial download: remove the folder and get it again)"
+            f"model.model_id={model_id}: no readable weights in {folder} (model.safetensors or "
+            "pytorch_model.bin; a broken or partial download: remove the folder and get it again)"
         ) from error
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotFoundError(
-            f"model.model_id={model_id}: the weights in {folder} do not fit the network of its config.json or are "
-            f"damaged: {reason}"
+            f"model.model_id={model_id}: the weights in {folder} do not fit the network of its config.json "
+            f"or are damaged: {reason}"
         ) from error
     missing = {name for name in info["missing_keys"] if not name.endswith("num_batches_tracked")}
-    return _Loaded(model, missing)
+    return model, missing
 
 
 def _options(settings: PreTrainedConfig) -> dict[str, Any]:
     return {"add_pooling_layer": False} if settings.model_type in WITHOUT_POOLER else {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading reports and progress bars out of ours within the block."""
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

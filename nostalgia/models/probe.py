@@ -1,4 +1,5 @@
-"""What a network does with its inputs, found by one forward pass on the ``meta`` device: shapes without arithmetic.
+"""What a network does with its inputs, found by one forward pass on the ``meta`` device: shapes without
+arithmetic.
 
 The module itself is not touched: its parameters and buffers are replaced by meta tensors for the one call.
 """

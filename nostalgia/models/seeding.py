@@ -10,10 +10,11 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the block, tensors are made on the CPU and drawn from ``seed``; the global state is put back after.
+    """Within the block, tensors are made on the CPU and drawn from ``seed``; the global state is put back
+    after.
 
-    Only the CPU generator is touched: ``torch.manual_seed`` would reseed every GPU as well, and ``fork_rng`` would
-    have to know them all.
+    Only the CPU generator is touched: ``torch.manual_seed`` would reseed every GPU as well, and ``fork_rng``
+    would have to know them all.
     """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -20,6 +20,7 @@ import torch
 import torchvision
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -33,8 +34,8 @@ Triple = tuple[float, float, float]
 
 #: Auxiliary classifiers, which only help to train from scratch and are no part of the features.
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
-#: Networks that torchvision ports from TensorFlow: made for mean and std 0.5, which a switch in them imitates from
-#: ImageNet's. Without the switch and with 0.5 given to the pipeline, the network sees exactly the same.
+#: Networks that torchvision ports from TensorFlow: made for mean and std 0.5, which a switch in them imitates
+#: from ImageNet's. Without the switch and with 0.5 given to the pipeline, the network sees exactly the same.
 FROM_TENSORFLOW = ("googlenet", "inception_v3")
 
 
@@ -51,7 +52,8 @@ def build(
     image_size: int | None,
     seed: int,
 ) -> Backbone:
-    """Backbone ``arch``, its weights from ``model_id`` (a file, or a name such as IMAGENET1K_V2) or the current ones.
+    """Backbone ``arch``, its weights from ``model_id`` (a file, or a name such as IMAGENET1K_V2) or the
+    current ones.
 
     Raises NotFoundError for weights that cannot be had or do not fit, UsageError for an unknown architecture.
     """
@@ -62,7 +64,7 @@ def build(
         near = difflib.get_close_matches(str(arch), architectures(), n=1)
         hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(architectures())
         raise UsageError(f"model.arch={arch} is not a classification network of torchvision: {hint}")
-    weights = _weights(arch, None if file is not None else model_id)
+    weights = _weights(arch, model_id if pretrained and file is None else None)
     transform = weights.transforms()
     native = int(stored.get("image_size", transform.crop_size[0]))
     size = image_size or native
@@ -75,12 +77,19 @@ def build(
             mean, std = _triple(stored.get("mean", transform.mean)), _triple(stored.get("std", transform.std))
     source = f"torchvision {arch}" + ("" if pretrained else " (random weights)")
     return Backbone(
-        model, flattened, image_size=size, mean=mean, std=std, framework="torchvision", source=source, arch=arch
+        model,
+        flattened,
+        image_size=size,
+        mean=mean,
+        std=std,
+        framework="torchvision",
+        source=source,
+        arch=arch,
     )
 
 
 def bare(arch: str, config: Mapping[str, Any], image_size: int) -> tuple[nn.Module, str]:
-    """The network with random weights, its classifier replaced by nothing, and the name that the classifier had."""
+    """The network with random weights and no classifier, and the name that the classifier had."""
     if "num_classes" in config or "weights" in config:
         raise UsageError("model.config takes neither num_classes nor weights: heads belong to the tasks")
     arguments: dict[str, Any] = dict(config)
@@ -105,18 +114,21 @@ def bare(arch: str, config: Mapping[str, Any], image_size: int) -> tuple[nn.Modu
     return model, name
 
 
-# Weights -----------------------------------------------------------------------------------------------------------
+# Weights ----------------------------------------------------------------------------------------------------
 
 
 def _file(model_id: str | None) -> Path | None:
-    """``model_id`` as a file of weights, or None where it names none; raises NotFoundError for one that is not there."""
+    """``model_id`` as a file of weights, or None where it names none; raises NotFoundError for one that is
+    not there."""
     if model_id is None:
         return None
     path = Path(model_id).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        raise UsageError(f"model.model_id={model_id} is a folder: model.framework=torchvision wants a file of weights")
+        raise UsageError(
+            f"model.model_id={model_id} is a folder: model.framework=torchvision wants a file of weights"
+        )
     if "/" in model_id or path.suffix:
         raise NotFoundError(
             f"model.model_id={model_id}: there is no such file of weights ({path.absolute()}); with "
@@ -131,7 +143,8 @@ def _weights(arch: str, name: str | None) -> WeightsEnum:
         return known.DEFAULT
     if name not in known.__members__:
         raise UsageError(
-            f"model.model_id={name} is neither a file nor a name of weights of {arch}: {', '.join(known.__members__)}"
+            f"model.model_id={name} is neither a file nor a name of weights of {arch}: "
+            f"{', '.join(known.__members__)}"
         )
     return known[name]
 
@@ -142,23 +155,27 @@ def _load(
     """Fill ``model`` from ``file``, else from ``weights``; every tensor must be there and fit."""
     source = f"model.model_id={file}" if file is not None else f"weights of {arch}"
     state = _read(file, source) if file is not None else _download(arch, weights)
-    if arch.startswith("densenet"):
-        state = {_current_densenet_name(name): value for name, value in state.items()}
+    # Which version of its modules a file is of; some networks rename old tensors by it, MNASNet insists on it.
+    versions = getattr(state, "_metadata", None) or model.state_dict()._metadata  # type: ignore[attr-defined]
     if arch.startswith("vit_") and "encoder.pos_embedding" in state:
-        state = interpolate_embeddings(image_size, model.patch_size, OrderedDict(state))
-    expected = model.state_dict()
+        state = _interpolated(state, image_size, model.patch_size, source)  # type: ignore[arg-type]
     dropped = (f"{classifier}.", *(f"{name}." for name in AUXILIARY))
-    kept = OrderedDict((name, value) for name, value in state.items() if not name.startswith(dropped))
-    missing = [name for name in expected if name not in kept and not name.endswith("num_batches_tracked")]
-    strange = [name for name in kept if name not in expected]
-    wrong = [name for name in kept if name in expected and kept[name].shape != expected[name].shape]
-    for label, names in (("lacks", missing), ("has unknown", strange), ("has other shapes for", wrong)):
+    kept = OrderedDict(
+        (_current_densenet_name(name) if arch.startswith("densenet") else name, value)
+        for name, value in state.items()
+        if not name.startswith(dropped)
+    )
+    kept._metadata = versions  # type: ignore[attr-defined]
+    try:
+        result = model.load_state_dict(kept, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise NotFoundError(f"{source} does not fit {arch}: {reason}") from error
+    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
+    for label, names in (("lacks", missing), ("has unknown", result.unexpected_keys)):
         if names:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise NotFoundError(f"{source} {label} {len(names)} tensors of {arch} ({listed}): not weights of {arch}")
-    # Some networks (MNASNet) refuse a state dict that does not say which version of them it is of.
-    kept._metadata = expected._metadata  # type: ignore[attr-defined]
-    model.load_state_dict(kept, strict=False)
+            raise NotFoundError(f"{source} does not fit {arch}: it {label} {len(names)} tensors ({listed})")
 
 
 def _current_densenet_name(name: str) -> str:
@@ -166,12 +183,21 @@ def _current_densenet_name(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
 
 
+def _interpolated(
+    state: Mapping[str, Tensor], image_size: int, patch_size: int, source: str
+) -> dict[str, Tensor]:
+    """``state`` of a ViT with its position embeddings resampled to the patches of ``image_size``."""
+    try:
+        return interpolate_embeddings(image_size, patch_size, OrderedDict(state))
+    except ValueError as error:
+        raise NotFoundError(f"{source}: position embeddings that cannot be resampled ({error})") from error
+
+
 def _read(file: Path, source: str) -> dict[str, Tensor]:
-    """State dict in ``file`` (.safetensors, or a pickle that holds tensors only), without wrappings of trainers."""
+    """State dict in ``file`` (.safetensors, or a pickle of tensors), without trainers' wrappings."""
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise NotFoundError(
@@ -183,7 +209,10 @@ def _read(file: Path, source: str) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise NotFoundError(f"{source} holds no state dict: names and tensors are expected")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    result = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
+    if hasattr(state, "_metadata"):
+        result._metadata = state._metadata  # type: ignore[attr-defined]
+    return result
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -198,13 +227,15 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _download(arch: str, weights: WeightsEnum) -> dict[str, Tensor]:
-    """torchvision's weights, from its cache or the network; one process of a machine downloads, the others wait."""
+    """torchvision's weights, cached or downloaded; one process downloads while the others wait."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = os.path.basename(urlparse(weights.url).path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+            return weights.get_state_dict(
+                progress=False, check_hash=True, map_location="cpu", weights_only=True
+            )
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         broken = (folder / name).is_file()
         state = "is damaged or partial: remove it" if broken else "is not there, and downloading it failed"

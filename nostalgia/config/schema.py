@@ -1,0 +1,175 @@
+"""The configuration, as dataclasses: every key, its type and its default. Ranges are in `checks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf reads these at run time
+
+
+@dataclass
+class ExperimentConfig:
+    name: str = "nostalgia"
+    seed: int = 0
+    """Seeds the weights, the data order, the class order of split=classes and the eigensolver."""
+    tasks: Optional[List[Any]] = None
+    """Task list in order: data set names, or {dataset:, classes:, transform:}."""
+    num_tasks: Optional[int] = None
+    """Without a list: how many tasks `dataset.name` makes (null: 2). With one it must equal its length."""
+    split: str = "none"
+    """none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts."""
+    output_dir: str = "${oc.env:OUTPUT_DIR,runs}/${experiment.name}"
+    """The run's folder is made in here, named by date and time; `latest` points at it."""
+    deterministic: bool = False
+    """Deterministic kernels only (slower on GPUs)."""
+
+
+@dataclass
+class DatasetConfig:
+    name: str = "digits"
+    """A catalog name, a folder, or hf:user/name."""
+    root: str = "data"
+    image_size: Optional[int] = None
+    """Side in pixels the network is fed; null: the model's own."""
+    batch_size: int = 128
+    """Per device and micro-batch; the global batch is this x ranks x accumulation steps."""
+    num_workers: int = 4
+    """Loader processes per rank, for data that is decoded from files."""
+    val_fraction: float = 0.2
+    """Share held out, stratified by class, where a data set has no validation split of its own."""
+    augment: str = "default"
+    """default (the catalog's), none, flip, crop_flip or shift; training images only."""
+    download: bool = True
+    entries: Dict[str, Any] = field(default_factory=dict)
+    """Catalog entries of your own: name -> {path: or hub_id:, ...}."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: Optional[List[str]] = None
+    """Layer names adapters go on; null: the attention projections of the architecture."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "vit"
+    framework: str = "hf"
+    """hf (transformers) or torchvision."""
+    arch: Optional[str] = None
+    """torchvision: the architecture's name."""
+    model_id: Optional[str] = None
+    """hf: hub id or local folder; torchvision: a file of weights instead of the library's own."""
+    pretrained: bool = True
+    use_lora: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    norm_statistics: str = "per_task"
+    """Batch-norm running statistics: per_task, frozen or shared."""
+    config: Dict[str, Any] = field(default_factory=dict)
+    """hf without pretrained weights: the keyword arguments of its configuration (hidden_size, ...)."""
+
+
+@dataclass
+class MethodConfig:
+    name: str = "nostalgia"
+    """nostalgia, finetune (no projection: the lower bound) or joint (all tasks together: the upper bound)."""
+
+
+@dataclass
+class NostalgiaConfig:
+    enabled: bool = True
+    top_k: int = 32
+    """Eigenpairs taken of each finished task."""
+    k_max: Optional[int] = None
+    """Directions the union memory holds at most; null: 4 top_k."""
+    merge: str = "union"
+    project: str = "constrained"
+    """gradient, displacement or constrained; the gradient is projected in all three."""
+    project_params: str = "auto"
+    """backbone, lora-only, or auto: the adapters where there are some, else the backbone."""
+    projection_start_task: int = 2
+    curvature: str = "hessian"
+    hvp: str = "exact"
+    """exact (double backward), jvp (forward over reverse) or finite_difference."""
+    num_samples: int = 2048
+    """Training samples of a finished task that its curvature is taken over."""
+    batch_size: int = 64
+    """Samples per batch of a curvature product: bounds its memory."""
+    tol: float = 1e-2
+    """A pair is converged when |H q - lambda q| <= tol |lambda|."""
+    max_products: Optional[int] = None
+    max_basis: Optional[int] = None
+    """Vectors the eigensolver holds at most; null: 2 top_k + 16."""
+    precision: str = "float32"
+    """Of the network in a curvature product: float32, float64, tf32 or bf16; vectors are float32 at least."""
+    retain_graph: str = "auto"
+    """Keep first-backward graphs over products: auto (while memory allows), true or false."""
+    compile: bool = False
+    """torch.compile the products of hvp=jvp."""
+    basis_placement: str = "auto"
+    """Under DDP: replicated (no collective of size P a step), sharded (1/W of the memory), auto by the budget."""
+    basis_dtype: str = "float32"
+    basis_memory_gb: Optional[float] = None
+    """Budget of auto, per rank; null: a tenth of the device's memory."""
+    guard_every_n_steps: int = 100
+    """Compare checksums of parameters and memory over ranks this often; 0: never."""
+    spectral_density: bool = False
+    """Estimate the whole spectrum's density of each finished task as well."""
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = 50
+    epochs_per_task: Optional[List[int]] = None
+    optimizer: str = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.05
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: float = 0.9
+    """Of sgd."""
+    scheduler: str = "cosine"
+    warmup_epochs: float = 5.0
+    head_warmup_epochs: int = 0
+    """Epochs a new head is trained alone before its task; 0: none, and no forward transfer is measured."""
+    head_warmup_lr: Optional[float] = None
+    """null: train.lr."""
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: Optional[float] = 1.0
+    label_smoothing: float = 0.0
+    precision: str = "auto"
+    """64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: 16-bit on a GPU, 32 on CPU."""
+    accelerator: str = "auto"
+    devices: Any = "auto"
+    """The number of processes you expect; the launcher starts them."""
+    log_every_n_steps: int = 50
+    timeout_minutes: float = 30.0
+    """A rank that waits longer for the others ends the run."""
+    max_steps_per_epoch: Optional[int] = None
+    max_eval_batches: Optional[int] = None
+    detect_anomaly: bool = False
+
+
+@dataclass
+class LoggerConfig:
+    tensorboard: bool = True
+    use_wandb: bool = False
+    project: str = "nostalgia"
+    entity: Optional[str] = None
+    mode: str = "online"
+    tags: List[str] = field(default_factory=list)
+    group: Optional[str] = None
+    name: Optional[str] = None
+    save_dir: Optional[str] = None
+    """Where TensorBoard and W&B write; null: the run's folder."""
+
+
+@dataclass
+class Config:
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    nostalgia: NostalgiaConfig = field(default_factory=NostalgiaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,0 +1,203 @@
+"""Leaves a finished run's model in forms that other tools open, with a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nostalgia.models.adapters import merged, without_adapters
+from nostalgia.models.backbone import Backbone
+from nostalgia.models.heads import save_heads
+from nostalgia.models.model_card import TaskCard, code, model_card
+from nostalgia.models.norm_statistics import save_statistics
+
+TORCHVISION_FILE = "model.safetensors"
+
+
+def export(
+    folder: Path,
+    *,
+    backbone: Backbone,
+    heads: Mapping[str, nn.Linear],
+    tasks: Sequence[TaskCard],
+    command: str,
+    method: str,
+    model_id: str | None = None,
+    norm_statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """Write ``folder``, whole or not at all, in place of one that is there. One rank calls it.
+
+    ``backbone`` and ``heads`` hold whole tensors (of FSDP's shards, a gathered copy); ``norm_statistics`` are
+    the batch-norm statistics by task, ``model_id`` the weights that the adapters were trained on. Contents:
+
+    - ``backbone/``: ``save_pretrained`` and the image processor's settings, or torchvision's state dict in
+      safetensors (without classifier). With adapters this is the network without them;
+    - ``adapters/`` (LoRA): a PEFT folder: ``PeftModel.from_pretrained(backbone, "adapters")``;
+    - ``backbone_merged/`` (LoRA): both in one, for tools that do not know adapters;
+    - ``heads.safetensors``, ``classes.json``, ``norm_statistics.safetensors`` (``<task>/<buffer>``),
+      ``README.md``.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        files = _write(partial, backbone, heads, tasks, model_id, norm_statistics or {})
+        card = model_card(
+            title=" + ".join(task.name for task in tasks),
+            source=backbone.source,
+            tasks=tasks,
+            command=command,
+            method=method,
+            usage=_usage(backbone),
+            files=files,
+            normalisation=_normalisation(backbone),
+            tags=["lora", "peft"] if backbone.lora is not None else [],
+            library="transformers" if backbone.framework == "hf" else None,
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.chmod(0o755)
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(
+    folder: Path,
+    backbone: Backbone,
+    heads: Mapping[str, nn.Linear],
+    tasks: Sequence[TaskCard],
+    model_id: str | None,
+    norm_statistics: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, str]:
+    """Write all but the card; returns what the card says of each file."""
+    files = {"backbone/": "the network without classifier"}
+    if backbone.lora is None:
+        _save_backbone(backbone, folder / "backbone")
+    else:
+        files["backbone/"] = "the network that the adapters belong to, without them"
+        files["adapters/"] = "the LoRA adapters, as PEFT keeps them"
+        files["backbone_merged/"] = "the network with the adapters added in: use it alone"
+        _save_backbone(without_adapters(backbone), folder / "backbone")
+        _save_adapters(backbone, backbone.lora, folder / "adapters", model_id)
+        _save_backbone(merged(backbone), folder / "backbone_merged")
+    save_heads(heads, folder / "heads.safetensors")
+    files["heads.safetensors"] = "`<task>.weight` (classes, features) and `<task>.bias` of every head"
+    classes = {task.name: list(task.classes) for task in tasks}
+    (folder / "classes.json").write_text(
+        json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    files["classes.json"] = "class names by task, in the order of the head's outputs"
+    if norm_statistics:
+        save_statistics(norm_statistics, folder / "norm_statistics.safetensors")
+        files["norm_statistics.safetensors"] = (
+            "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
+        )
+    return files
+
+
+def _save_backbone(backbone: Backbone, folder: Path) -> None:
+    folder.mkdir()
+    if backbone.framework == "hf":
+        backbone.model.save_pretrained(folder)  # type: ignore[operator]
+        settings = {
+            # Named after ViT, it resizes, rescales and normalises for any network.
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": backbone.image_size, "width": backbone.image_size},
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_mean": list(backbone.mean),
+            "image_std": list(backbone.std),
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "arch": str(backbone.arch),
+        "image_size": str(backbone.image_size),
+        "mean": ",".join(map(str, backbone.mean)),
+        "std": ",".join(map(str, backbone.std)),
+    }
+    save_file(tensors, folder / TORCHVISION_FILE, metadata=metadata)
+
+
+def _save_adapters(backbone: Backbone, adapters: LoraConfig, folder: Path, model_id: str | None) -> None:
+    """The layout of PEFT's own ``save_pretrained``, for a network in which the adapters were put in place."""
+    folder.mkdir()
+    tensors = {
+        f"base_model.model.{name}".replace(".default", ""): tensor.detach().cpu().contiguous()
+        for name, tensor in backbone.model.state_dict().items()
+        if any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = adapters.to_dict() | {"base_model_name_or_path": model_id, "inference_mode": True}
+    LoraConfig(**settings).save_pretrained(str(folder))
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Move ``partial`` to ``folder``; what is there goes only once the new one can take its place."""
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.replace(folder, old / folder.name)
+    os.replace(partial, folder)
+    shutil.rmtree(old)
+
+
+def _normalisation(backbone: Backbone) -> str:
+    words = FEATURE_WORDS[backbone.features.__name__]
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
+    return (
+        f"Images of {backbone.image_size} x {backbone.image_size} pixels in [0, 1], normalised with mean "
+        f"({mean}) and std ({std}). Features ({backbone.feature_dim}): {words}."
+    )
+
+
+FEATURE_WORDS = {
+    "class_token": "`last_hidden_state[:, 0]`, the class token",
+    "token_pair": "`last_hidden_state[:, :2].flatten(1)`, class and distillation token",
+    "pooled": "`pooler_output.flatten(1)`",
+    "mean_of_tokens": "the mean of `last_hidden_state` over positions",
+    "flattened": "the output, flattened, of the network without its classifier",
+}
+
+
+def _usage(backbone: Backbone) -> str:
+    alone = "backbone_merged" if backbone.lora is not None else "backbone"
+    if backbone.framework == "torchvision":
+        lines = [
+            "from nostalgia.models import build_backbone, load_heads",
+            f'backbone = build_backbone(framework="torchvision", model_id="{alone}/{TORCHVISION_FILE}")',
+        ]
+    else:
+        extra = ", add_pooling_layer=False" if getattr(backbone.model, "pooler", 0) is None else ""
+        lines = [
+            "from transformers import AutoModel",
+            f'backbone = AutoModel.from_pretrained("{alone}"{extra})',
+        ]
+        if backbone.lora is not None:
+            lines += [
+                "# or, with the adapters as such:",
+                "from peft import PeftModel",
+                f'base = AutoModel.from_pretrained("backbone"{extra})',
+                'backbone = PeftModel.from_pretrained(base, "adapters")',
+            ]
+        if backbone.call:
+            lines.append(
+                "# call it with " + ", ".join(f"{key}={value}" for key, value in backbone.call.items())
+            )
+    return code("\n".join(lines))

@@ -1,0 +1,140 @@
+"""Batch-norm running statistics over tasks: they drift with every later task, and forget by themselves.
+
+``model.norm_statistics``: ``per_task`` evaluates each task with the statistics it was trained with,
+``frozen`` never updates the pretrained ones, ``shared`` lets them drift. A set of statistics is a plain
+mapping from buffer name (relative to the backbone) to tensor, so that it is saved as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nostalgia.errors import NotFoundError
+from nostalgia.models.backbone import Backbone
+
+POLICIES = ("per_task", "frozen", "shared")
+
+
+def has_batch_norm(backbone: nn.Module) -> bool:
+    """Whether ``backbone`` keeps running statistics."""
+    return any(True for _ in _layers(backbone))
+
+
+def capture(backbone: nn.Module) -> dict[str, Tensor]:
+    """Copies of all running means (C,), variances (C,) and batch counts (0-dim), on the CPU."""
+    return {name: buffer.detach().cpu().clone() for name, buffer in _buffers(backbone).items()}
+
+
+@torch.no_grad()
+def apply(backbone: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Put ``statistics`` into ``backbone``, in place; raises NotFoundError for another network's."""
+    buffers = _buffers(backbone)
+    if set(buffers) != set(statistics):
+        odd = sorted(set(buffers) ^ set(statistics))
+        raise NotFoundError(
+            f"batch-norm statistics of another network: {len(odd)} names differ ({', '.join(odd[:3])})"
+        )
+    for name, buffer in buffers.items():
+        buffer.copy_(statistics[name])
+
+
+@contextmanager
+def using(backbone: nn.Module, statistics: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """``backbone`` with ``statistics`` within the block, and with its own after it; None changes nothing."""
+    if statistics is None:
+        yield
+        return
+    own = capture(backbone)
+    apply(backbone, statistics)
+    try:
+        yield
+    finally:
+        apply(backbone, own)
+
+
+def freeze(backbone: Backbone, frozen: bool = True) -> None:
+    """Keep batch-norm layers in evaluation mode, whatever ``train()`` says later: no updates."""
+    backbone.norm_frozen = frozen
+    backbone.train(backbone.training)
+
+
+@torch.no_grad()
+def average_over_ranks(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Make every rank's statistics those of all ranks' batches together; one all-reduce, no-op on one
+    process.
+
+    Every rank saw as many rows, so with m_r, v_r a rank's mean and variance: ``m = mean_r m_r`` and
+    ``v = mean_r (v_r + m_r^2) - m^2`` (the variances' own average would lack the spread of the means). All
+    ranks must call it.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    buffers = _buffers(backbone)
+    own_means = [value for name, value in buffers.items() if name.endswith(".running_mean")]
+    own_variances = [value for name, value in buffers.items() if name.endswith(".running_var")]
+    if not own_means:
+        return
+    means = torch.cat(own_means).double()  # (channels of all layers,)
+    variances = torch.cat(own_variances).double()
+    moments = torch.stack([means, variances + means.square()]) / dist.get_world_size(group)
+    dist.all_reduce(moments, group=group)
+    mean, square = moments
+    variance = (square - mean.square()).clamp_min(0)
+    sizes = [len(value) for value in own_means]
+    for values, result in ((own_means, mean), (own_variances, variance)):
+        for value, part in zip(values, result.split(sizes), strict=True):
+            value.copy_(part)
+
+
+def save_statistics(statistics: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
+    """Write the statistics of every task to one safetensors file, under ``<task>/<buffer>``."""
+    tensors = {
+        f"{task}/{name}": tensor.detach().cpu().contiguous()
+        for task, values in statistics.items()
+        for name, tensor in values.items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def load_statistics(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Read what ``save_statistics`` wrote, by task; raises NotFoundError when it cannot be read."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise NotFoundError(f"{file}: batch-norm statistics cannot be read ({error})") from error
+    statistics: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        task, _, name = key.rpartition("/")
+        statistics.setdefault(task, {})[name] = tensor
+    return statistics
+
+
+def synchronise(backbone: Backbone) -> None:
+    """Let batch-norm layers normalise by the batch of all ranks (SyncBatchNorm, which needs GPUs).
+
+    Call it before the model is wrapped; parameters and statistics stay the same tensors.
+    """
+    backbone.model = nn.SyncBatchNorm.convert_sync_batchnorm(backbone.model)
+
+
+def _layers(backbone: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    for name, module in backbone.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            yield name, module
+
+
+def _buffers(backbone: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": buffer
+        for name, layer in _layers(backbone)
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
