@@ -1,31 +1,36 @@
-"""R^P as this rank holds it: the one place that knows how vectors over the parameters are spread over ranks.
+"""R^P as this rank holds it: the one place that knows how vectors over parameters are spread over ranks.
 
-Three placements. *local*: the whole vector here, no collectives (one process, or a basis that every rank repeats).
-*sliced*: equal slices of the flat vector (DDP, where parameters are whole on each rank). *sharded*: the shards that
-FSDP2 gives this rank of each parameter, uneven and empty ones too. The flat order is that of the parameters.
+Three placements. *local*: the whole vector here, no collectives (one process, or a basis every rank
+repeats). *sliced*: equal slices of the flat vector (DDP, where parameters are whole on each rank).
+*sharded*: the shards that FSDP2 gives this rank of each parameter, uneven and empty ones too. The flat order
+is that of the parameters.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nostalgia.errors import UsageError
+from nostalgia.linalg.layout import Layout
+from nostalgia.linalg.precision import full_precision_matmul
 
 PLACEMENTS = ("auto", "local", "sliced", "sharded")
-# Columns a partial product of float32 vectors is summed over before it is added up in float64.
-CHUNK = 1 << 16
+# Columns of a block handled at once: bounds temporaries, and the length float32 products are summed over
+# before they are added up in float64. On a CPU the piece stays in the cache; a GPU wants fewer, larger calls.
+CHUNK = {"cpu": 1 << 14, "cuda": 1 << 17}
 
 
 @dataclass
 class Traffic:
-    """Collectives this space has issued on this rank; bytes are what one rank contributes or receives, whichever is more."""
+    """Collectives issued by this rank; bytes count each one's larger buffer (what goes in or comes out)."""
 
     large: int = 0  # of the size of a vector
     small: int = 0  # a few numbers
@@ -37,12 +42,15 @@ class Traffic:
     def since(self, earlier: Traffic) -> Traffic:
         return Traffic(self.large - earlier.large, self.small - earlier.small, self.bytes - earlier.bytes)
 
+    def reset(self) -> None:
+        self.large = self.small = self.bytes = 0
+
 
 class VectorSpace:
     """Vectors over named parameters; build one with `VectorSpace.of`.
 
-    Vectors are 1-D tensors of ``local_size`` numbers; blocks are (m, local_size). Inner products come back in float64
-    and are the same on all ranks.
+    Vectors are 1-D tensors of ``local_size`` numbers; blocks are (m, local_size). Inner products come back in
+    float64 on ``device`` and are the same on all ranks.
     """
 
     def __init__(
@@ -55,18 +63,18 @@ class VectorSpace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"dtype={dtype}: vectors are torch.float32 or torch.float64")
         self.names, self.shapes = tuple(names), tuple(torch.Size(shape) for shape in shapes)
         self.placement, self.group = placement, group
         self.dtype, self.device = dtype, torch.device(device)
         collective = placement != "local" and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if collective else 0
         self.world_size = dist.get_world_size(group) if collective else 1
-        self.numels = tuple(shape.numel() for shape in self.shapes)
-        self.size = sum(self.numels)
+        self.layout = Layout(self.shapes, placement, self.world_size)
+        self.size = self.layout.size
+        self.local_size = self.layout.local_sizes[self.rank]
         self.traffic = Traffic()
-        self._ranges = [self._ranges_of(rank) for rank in range(self.world_size)]
-        self.local_size = sum(stop - start for start, stop in self._ranges[self.rank])
-        self._padded = max(sum(stop - start for start, stop in ranges) for ranges in self._ranges)
 
     @classmethod
     def of(
@@ -78,20 +86,21 @@ class VectorSpace:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> VectorSpace:
-        """The space of ``parameters``. ``auto``: sharded where any is a DTensor, sliced in a process group, else local.
+        """The space of ``parameters``.
 
-        ``dtype`` defaults to the parameters' own, float32 at least. Raises UsageError without parameters, and for
-        DTensors that are not sharded along their first dimension on a one-dimensional mesh (what FSDP2 makes).
+        ``auto``: sharded where any is a DTensor, sliced in a process group of several, else local. ``dtype``
+        defaults to the parameters' own, float32 at least. Raises UsageError without parameters, and for
+        DTensors not sharded along their first dimension on a one-dimensional mesh (what FSDP2 makes).
         """
         if not parameters:
             raise UsageError("no parameters: there is nothing to take the curvature of; check requires_grad")
         if placement not in PLACEMENTS:
             raise UsageError(f"placement={placement!r}: allowed are {', '.join(PLACEMENTS)}")
         tensors = list(parameters.values())
-        sharded = [t for t in tensors if isinstance(t, DTensor)]
         if placement == "auto":
             several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-            placement = "sharded" if sharded else "sliced" if several else "local"
+            any_sharded = any(isinstance(tensor, DTensor) for tensor in tensors)
+            placement = "sharded" if any_sharded else "sliced" if several else "local"
         if placement == "sharded":
             group = _mesh_group(parameters)
         if dtype is None:
@@ -99,51 +108,75 @@ class VectorSpace:
             for tensor in tensors:
                 dtype = torch.promote_types(dtype, tensor.dtype)
         device = device or tensors[0].device
-        return cls(list(parameters), [t.shape for t in tensors], placement, group=group, dtype=dtype, device=device)
+        shapes = [tensor.shape for tensor in tensors]
+        return cls(list(parameters), shapes, placement, group=group, dtype=dtype, device=device)
 
     def replicated(self) -> VectorSpace:
         """The same vectors held whole on every rank."""
         return VectorSpace(self.names, self.shapes, "local", dtype=self.dtype, device=self.device)
 
-    # -- arithmetic ------------------------------------------------------------------------------------------------
+    # -- arithmetic -----------------------------------------------------------------------------------------
 
     def zeros(self, *lead: int) -> Tensor:
         return torch.zeros(*lead, self.local_size, dtype=self.dtype, device=self.device)
 
     def randn(self, seed: int) -> Tensor:
-        """Standard normal vector: the same global one for a seed, whatever the placement and number of ranks."""
+        """Standard normal vector: bitwise the same global one for a seed, whatever placement and ranks."""
         return self._random(seed, lambda n, generator: torch.randn(n, generator=generator, dtype=self.dtype))
 
     def rademacher(self, seed: int) -> Tensor:
         """Vector of independent signs, the same global one for a seed."""
-        draw = torch.randint
-        return self._random(seed, lambda n, generator: 2.0 * draw(0, 2, (n,), generator=generator).to(self.dtype) - 1)
+
+        def signs(n: int, generator: torch.Generator) -> Tensor:
+            return 2 * torch.randint(0, 2, (n,), generator=generator).to(self.dtype) - 1
+
+        return self._random(seed, signs)
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """<x, y> (0-dim, float64)."""
+        """<x, y> (0-dim, float64): one small all-reduce."""
         return self.gram(x[None], y[None])[0, 0]
 
     def norm(self, x: Tensor) -> Tensor:
-        """|x| (0-dim, float64)."""
+        """|x| (0-dim, float64): one small all-reduce."""
         return self.dot(x, x).clamp_min(0.0).sqrt()
 
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        """All inner products (m, n) in float64 of blocks x (m, L) and y (n, L): one small all-reduce."""
-        return self.all_reduce(self.local_gram(x, y))
+    def gram(self, x: Tensor, y: Tensor, *, exact: bool = False) -> Tensor:
+        """All inner products (m, n) in float64 of blocks x (m, L) and y (n, L): one small all-reduce.
 
-    def local_gram(self, x: Tensor, y: Tensor) -> Tensor:
+        Products are taken in the vectors' dtype, float32 at least, and summed in float64; ``exact`` takes
+        them in float64 too, so that the result is that of the numbers as stored.
+        """
+        return self.all_reduce(self.local_gram(x, y, exact=exact))
+
+    def local_gram(self, x: Tensor, y: Tensor, *, exact: bool = False) -> Tensor:
         """This rank's part of `gram`, not yet summed over ranks."""
+        dtype = torch.float64 if exact else torch.promote_types(torch.result_type(x, y), torch.float32)
         total = torch.zeros(x.shape[0], y.shape[0], dtype=torch.float64, device=self.device)
-        with full_precision_matmul():
-            for start in range(0, self.local_size, CHUNK):
-                columns = slice(start, start + CHUNK)
-                total += x[:, columns] @ y[:, columns].T
+        with full_precision_matmul(self.device.type):
+            for columns in self.columns():
+                left = x[:, columns].to(dtype)
+                right = left if y is x else y[:, columns].to(dtype)
+                total += left @ right.T
         return total
 
     def combine(self, coefficients: Tensor, x: Tensor) -> Tensor:
         """coefficients (n, m) @ x (m, L) -> (n, L), in the vectors' precision."""
-        with full_precision_matmul():
+        with full_precision_matmul(self.device.type):
             return coefficients.to(device=x.device, dtype=x.dtype) @ x
+
+    def combine_(self, coefficients: Tensor, x: Tensor) -> Tensor:
+        """`combine` within x's own storage, n <= m: overwrites and returns ``x[:n]``, no other row."""
+        n, coefficients = coefficients.shape[0], coefficients.to(device=x.device, dtype=x.dtype)
+        with full_precision_matmul(self.device.type):
+            for columns in self.columns():
+                x[:n, columns] = coefficients @ x[:, columns]
+        return x[:n]
+
+    def columns(self) -> Iterator[slice]:
+        """Slices that cover this rank's columns, a few at once."""
+        width = CHUNK.get(self.device.type, CHUNK["cuda"])
+        for start in range(0, self.local_size, width):
+            yield slice(start, min(start + width, self.local_size))
 
     def axpy(self, alpha: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
         """alpha x + y."""
@@ -157,115 +190,120 @@ class VectorSpace:
             self.traffic.bytes += numbers.numel() * numbers.element_size()
         return numbers
 
-    # -- between vectors and parameters ----------------------------------------------------------------------------
+    # -- between vectors and parameters ---------------------------------------------------------------------
 
     def gather(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The whole vector x (L,) as tensors in parameter shape, on every rank: one all-gather of P numbers."""
-        flat = self._gather_flat(x)
-        return tuple(part.view(shape) for part, shape in zip(flat.split(self.numels), self.shapes, strict=True))
+        """The whole vector x (L,) as tensors in parameter shape, on every rank: one all-gather of P numbers.
+
+        On one rank they are views of x.
+        """
+        parts = self._gather_flat(x).split(self.layout.numels)
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     def scatter(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sum whole, parameter-shaped tensors over ranks; returns this rank's part (L,): one reduce-scatter."""
-        flat = torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+        """Sum whole, parameter-shaped tensors over ranks; this rank's part (L,) of it: one reduce-scatter."""
         if self.world_size == 1:
-            return flat
-        send = flat.new_zeros(self.world_size, self._padded)
-        for row, ranges in zip(send, self._ranges, strict=True):
-            _copy_ranges(flat, ranges, row)
-        received = flat.new_empty(self._padded)
-        dist.reduce_scatter_tensor(received, send.view(-1), group=self.group)
+            return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+        padded = self.layout.padded
+        send = torch.zeros(self.world_size * padded, dtype=self.dtype, device=self.device)
+        flats = [t.reshape(-1) for t in tensors]
+        for rank, intervals in enumerate(self.layout.intervals):
+            position = rank * padded
+            for flat, (low, high) in zip(flats, intervals, strict=True):
+                send[position : position + high - low] = flat[low:high]
+                position += high - low
+        received = send.new_empty(padded)
+        dist.reduce_scatter_tensor(received, send, group=self.group)
         self._count_large(send)
         return received[: self.local_size]
 
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
-        """This rank's part (L,), a fresh copy, of tensors that are whole on every rank (or shards): no communication."""
-        parts = [_local(t).reshape(-1) for t in tensors]
-        if self.placement == "sliced":
-            (start, stop), offset, slices = self._ranges[self.rank][0], 0, []
-            for part in parts:
-                low, high = max(start - offset, 0), min(stop - offset, part.numel())
-                if low < high:
-                    slices.append(part[low:high])
-                offset += part.numel()
-            parts = slices
-        if not parts:
-            return self.zeros()
-        return torch.cat([part.to(self.dtype) for part in parts])
+        """This rank's part (L,), a copy, of tensors whole on every rank, or shards: no communication."""
+        parts = [self._part(i, tensor).reshape(-1).to(self.dtype) for i, tensor in enumerate(tensors)]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def put(self, x: Tensor, tensors: Iterable[Tensor]) -> None:
-        """Write the vector x (L,) into ``tensors`` in place: the reverse of `take` (sliced: one all-gather)."""
-        flat = self._gather_flat(x) if self.placement == "sliced" else x
-        targets = [_local(t) for t in tensors]
-        parts = flat.split([t.numel() for t in targets])
-        torch._foreach_copy_(targets, [part.view(t.shape) for part, t in zip(parts, targets, strict=True)])
+        """Write the vector x (L,) into ``tensors`` in place: the reverse of `take`.
+
+        Shards, and anything on one rank, without communication; tensors whole on each of several ranks by one
+        all-gather.
+        """
+        tensors = list(tensors)
+        if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
+            parts: Sequence[Tensor] = self.gather(x)
+            targets = [tensor.detach() for tensor in tensors]
+        else:
+            targets = [self._part(i, tensor) for i, tensor in enumerate(tensors)]
+            split = x.split([target.numel() for target in targets])
+            parts = [part.view(target.shape) for part, target in zip(split, targets, strict=True)]
+        torch._foreach_copy_(targets, list(parts))
 
     def gather_flat(self, x: Tensor) -> Tensor:
         """Whole rows (m, P) on every rank of a block x (m, L), one all-gather a row to bound the memory."""
         if self.world_size == 1:
             return x
-        rows = [self._gather_flat(row) for row in x]
-        return torch.stack(rows) if rows else x.new_zeros(0, self.size)
+        rows = x.new_empty(x.shape[0], self.size)
+        for row, target in zip(x, rows, strict=True):
+            target.copy_(self._gather_flat(row))
+        return rows
 
     def slice_flat(self, x: Tensor) -> Tensor:
-        """This rank's part (m, L) of whole rows x (m, P)."""
+        """This rank's part (m, L) of whole rows x (m, P): no communication."""
         if self.world_size == 1:
             return x
-        out = x.new_empty(x.shape[0], self.local_size)
-        for row, target in zip(x, out, strict=True):
-            _copy_ranges(row, self._ranges[self.rank], target)
-        return out
+        ranges = self.layout.flat_ranges(self.rank)
+        return torch.cat([x[:, :0], *(x[:, start:stop] for start, stop in ranges)], dim=1)
 
-    # -- inside ----------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------
 
-    def _ranges_of(self, rank: int) -> list[tuple[int, int]]:
-        """The intervals of the flat vector that ``rank`` holds, in the order in which it holds them."""
-        if self.placement == "local" or self.world_size == 1:
-            return [(0, self.size)]
-        if self.placement == "sliced":
-            width = math.ceil(self.size / self.world_size)
-            return [(min(rank * width, self.size), min((rank + 1) * width, self.size))]
-        ranges, offset = [], 0
-        for shape, numel in zip(self.shapes, self.numels, strict=True):
-            rows = shape[0] if shape else 1
-            width = math.ceil(rows / self.world_size)  # torch.chunk's, which FSDP2 shards by
-            low, high = min(rank * width, rows), min((rank + 1) * width, rows)
-            stride = numel // rows if rows else 0
-            ranges.append((offset + low * stride, offset + high * stride))
-            offset += numel
-        return ranges
+    def _part(self, index: int, tensor: Tensor) -> Tensor:
+        """What this rank holds of parameter ``index`` or a tensor like it: a shard or a slice, no copy."""
+        if isinstance(tensor, DTensor):
+            if self.placement != "sharded":
+                raise UsageError(
+                    f"{self.names[index]} is sharded over ranks but the vectors are {self.placement}: "
+                    "build the space from the sharded parameters"
+                )
+            return tensor.to_local().detach()
+        if tensor.shape != self.shapes[index]:
+            raise UsageError(
+                f"{self.names[index]}: a tensor of shape {tuple(tensor.shape)}; "
+                f"expected is {tuple(self.shapes[index])}"
+            )
+        if self.world_size == 1:
+            return tensor.detach()
+        low, high = self.layout.intervals[self.rank][index]
+        return tensor.detach().reshape(-1)[low:high]
 
     def _random(self, seed: int, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """Draw parameter by parameter, each from its own generator, so that only one is whole at a time."""
-        parts, offset = [], 0
-        for index, numel in enumerate(self.numels):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-            values = draw(numel, generator)
-            for start, stop in self._ranges[self.rank]:
-                low, high = max(start - offset, 0), min(stop - offset, numel)
-                if low < high:
-                    parts.append(values[low:high].to(self.device))
-            offset += numel
+        parts = []
+        for index, (low, high) in enumerate(self.layout.intervals[self.rank]):
+            if low == high:
+                continue
+            generator = torch.Generator().manual_seed(_mixed_seed(seed, index))
+            parts.append(draw(self.layout.numels[index], generator)[low:high].to(self.device))
         return torch.cat(parts) if parts else self.zeros()
 
     def _gather_flat(self, x: Tensor) -> Tensor:
         """The whole flat vector (P,) of x (L,)."""
         if self.world_size == 1:
             return x
-        send = x
-        if self.local_size < self._padded:
-            send = x.new_zeros(self._padded)
+        padded, send = self.layout.padded, x
+        if self.local_size < padded:
+            send = x.new_zeros(padded)
             send[: self.local_size] = x
-        received = x.new_empty(self.world_size, self._padded)
-        dist.all_gather_into_tensor(received.view(-1), send.contiguous(), group=self.group)
+        received = x.new_empty(self.world_size * padded)
+        dist.all_gather_into_tensor(received, send.contiguous(), group=self.group)
         self._count_large(received)
         if self.placement == "sliced":
-            return received.view(-1)[: self.size]
+            return received[: self.size]
         flat = x.new_empty(self.size)
-        for row, ranges in zip(received, self._ranges, strict=True):
-            position = 0
-            for start, stop in ranges:
-                flat[start:stop] = row[position : position + stop - start]
+        for rank in range(self.world_size):
+            position = rank * padded
+            for start, stop in self.layout.flat_ranges(rank):
+                flat[start:stop] = received[position : position + stop - start]
                 position += stop - start
         return flat
 
@@ -274,41 +312,25 @@ class VectorSpace:
         self.traffic.bytes += buffer.numel() * buffer.element_size()
 
 
-class full_precision_matmul:
-    """Context: float32 matrix products in float32, also where training allows TF32 for its own."""
-
-    def __enter__(self) -> None:
-        self._allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *exception: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self._allowed
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _copy_ranges(flat: Tensor, ranges: list[tuple[int, int]], target: Tensor) -> None:
-    position = 0
-    for start, stop in ranges:
-        target[position : position + stop - start] = flat[start:stop]
-        position += stop - start
+def _mixed_seed(seed: int, index: int) -> int:
+    """One well spread 32-bit number for a pair: torch's CPU generator looks at no more bits of its seed."""
+    digest = hashlib.blake2s(f"{seed} {index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _mesh_group(parameters: Mapping[str, Tensor]) -> dist.ProcessGroup:
     """The process group of FSDP2's mesh; every parameter in scope must be a first-dimension shard on it."""
-    group = None
+    meshes: list[DeviceMesh] = []
     for name, tensor in parameters.items():
         if not isinstance(tensor, DTensor):
             raise UsageError(
                 f"parameter {name} is not sharded while others are: shard the whole module with fully_shard"
             )
-        if tensor.device_mesh.ndim != 1 or tensor.placements != (Shard(0),):
+        mesh = tensor.device_mesh
+        if mesh.ndim != 1 or tensor.placements != (Shard(0),) or (meshes and mesh != meshes[0]):
             raise UsageError(
-                f"parameter {name} is placed as {tensor.placements} on a {tensor.device_mesh.ndim}-D mesh; "
-                "only FSDP2's first-dimension shards on a 1-D mesh are supported"
+                f"parameter {name} is placed as {tensor.placements} on {mesh}: "
+                "only FSDP2's first-dimension shards, all on one 1-D mesh, are supported"
             )
-        group = tensor.device_mesh.get_group()
-    assert group is not None
-    return group
+        meshes.append(mesh)
+    return meshes[0].get_group()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nostalgia.models.adapters import merged, without_adapters
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.heads import save_heads
+from nostalgia.models.hub import quiet
 from nostalgia.models.model_card import TaskCard, code, model_card
 from nostalgia.models.norm_statistics import save_statistics
 
@@ -108,7 +109,8 @@ def _write(
 def _save_backbone(backbone: Backbone, folder: Path) -> None:
     folder.mkdir()
     if backbone.framework == "hf":
-        backbone.model.save_pretrained(folder)  # type: ignore[operator]
+        with quiet():
+            backbone.model.save_pretrained(folder)  # type: ignore[operator]
         settings = {
             # Named after ViT, it resizes, rescales and normalises for any network.
             "image_processor_type": "ViTImageProcessor",

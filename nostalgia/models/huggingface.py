@@ -191,7 +191,7 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
     """Refuse, before anything large is built, what cannot turn images into features."""
     if settings.model_type in UNSUITABLE:
         raise UsageError(
-            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}, so an image has no fixed features"
+            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}: an image has no fixed features"
         )
     try:
         kind = transformers.MODEL_MAPPING[type(settings)]

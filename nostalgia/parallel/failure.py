@@ -1,0 +1,97 @@
+"""All ranks stop together: the first to fail says why, once, and the others follow with its exit code.
+
+A rank that fails leaves its code and line in the process group's store. Every rank watches the store from a thread: one
+that is stuck in a collective, waiting for the rank that failed, ends within seconds and not at the collective's timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+KEY = "nostalgia/failure"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 3.0  # for a rank to get out by itself once another has failed
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    exit_code: int
+    message: str
+
+
+class FailureWatch:
+    """Shares failures over the ranks of the default process group; does nothing for one process."""
+
+    def __init__(self) -> None:
+        self._store: dist.Store | None = None
+        self.rank = 0
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank = dist.get_rank()
+            # A connection of our own: the group's is locked while a collective waits on it.
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            threading.Thread(target=self._watch, daemon=True, name="failure-watch").start()
+
+    def announce(self, exit_code: int, message: str) -> bool:
+        """Tell the others; True when this rank is the first to fail and so the one to print."""
+        if self._store is None:
+            return True
+        mine = json.dumps([self.rank, exit_code, message])
+        try:
+            return json.loads(self._store.compare_set(KEY, "", mine))[0] == self.rank
+        except (RuntimeError, ValueError):  # the store died with the rank that held it
+            return True
+
+    def other(self, seconds: float = GRACE_SECONDS) -> Failure | None:
+        """The failure of another rank, waiting ``seconds`` for one: an error here may only be its echo."""
+        deadline = time.monotonic() + seconds
+        while self._store is not None:
+            failure = self._read()
+            if failure is not None and failure.rank != self.rank:
+                return failure
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return None
+
+    def _read(self) -> Failure | None:
+        assert self._store is not None
+        try:
+            if not self._store.check([KEY]):
+                return None
+            return Failure(*json.loads(self._store.get(KEY)))
+        except (RuntimeError, ValueError):
+            return None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(POLL_SECONDS)
+            failure = self._read()
+            if failure is not None and failure.rank != self.rank:
+                time.sleep(GRACE_SECONDS)
+                leave(failure.exit_code)
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once with ``exit_code``, whatever its other threads wait for.
+
+    Launchers turn any failure of a worker into 1, and restart it: where a launch script has named a file in
+    ``NOSTALGIA_EXIT_FILE``, codes that a restart would not change are left there and the process ends with 0.
+    """
+    path = os.environ.get("NOSTALGIA_EXIT_FILE")
+    if path and exit_code in (2, 3, 4, 75):
+        with open(path, "w") as file:
+            file.write(str(exit_code))
+        exit_code = 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by its reader: nothing could be shown any more
+            stream.flush()
+    os._exit(exit_code)

@@ -1,0 +1,159 @@
+"""Reads a run folder, whatever of it is there: finished, under way, broken off, or of an older version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from nostalgia.errors import NotFoundError
+from nostalgia.evaluation import transfer
+from nostalgia.reporting.csv_log import Record, read_log
+from nostalgia.reporting.files import read_json, read_text
+from nostalgia.reporting.results import MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
+
+T = TypeVar("T")
+
+
+@dataclass
+class TaskCurvature:
+    """curvature/task<i>.json of a finished task."""
+
+    index: int  # from 1
+    task: str
+    eigenvalues: list[float]  # (k,), decreasing
+    residuals: list[float]  # (k,), |H q - lambda q|
+    converged: list[bool]  # (k,)
+    memory_eigenvalues: list[float]  # (m,) of the memory after this task
+    principal_angles: dict[str, list[float]]  # earlier task -> radians, increasing
+    raw: dict[str, Any]  # the whole file: products, seconds, tol, trace, density, ...
+
+
+@dataclass
+class RunFolder:
+    """What could be read of a run; ``problems`` says in one line each what could not."""
+
+    path: Path
+    tasks: list[str] = field(default_factory=list)
+    matrix: list[list[float | None]] = field(default_factory=list)  # (T, T), rows of unfinished tasks all None
+    results: RunResults | None = None
+    metrics: list[Record] = field(default_factory=list)
+    memory: list[Record] = field(default_factory=list)
+    curvature: list[TaskCurvature] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # name of the file -> why it could not be read
+
+    @property
+    def label(self) -> str:
+        return self.results.method if self.results else self.config.get("method", {}).get("name", self.path.name)
+
+
+def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> RunFolder:
+    """Read the run folder ``path``; raises NotFoundError where there is none.
+
+    ``log_csv`` and ``mem_csv`` stand in for its metrics.csv and memory.csv.
+    """
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: no such run folder")
+    run = RunFolder(path=path)
+    run.config = _attempt(run, path / "config.yaml", _read_config, {})
+    run.metrics = _attempt(run, log_csv or path / "metrics.csv", read_log, [])
+    run.memory = _attempt(run, mem_csv or path / "memory.csv", read_log, [])
+    for file in sorted((path / "curvature").glob("task*.json"), key=_task_number):
+        found = _attempt(run, file, read_curvature, None)
+        if found is not None:
+            run.curvature.append(found)
+    _read_matrix(run)
+    return run
+
+
+def read_curvature(file: Path) -> TaskCurvature:
+    """Read curvature/task<i>.json; raises NotFoundError where it is missing, damaged or without eigenvalues."""
+    data = read_json(file)
+    if not isinstance(data, dict) or not _numbers(data.get("eigenvalues")):
+        raise NotFoundError(f"{file}: no list of eigenvalues")
+    values = data["eigenvalues"]
+    index = _task_number(file)
+    angles = data.get("principal_angles") or {}
+    named = {str(task): list(radians) for task, radians in angles.items() if _numbers(radians)}
+    converged = data.get("converged")
+    return TaskCurvature(
+        index=index,
+        task=data["task"] if isinstance(data.get("task"), str) else f"task{index}",
+        eigenvalues=values,
+        residuals=data["residuals"] if _numbers(data.get("residuals"), len(values)) else [],
+        converged=converged if isinstance(converged, list) and len(converged) == len(values) else [True] * len(values),
+        memory_eigenvalues=data["memory_eigenvalues"] if _numbers(data.get("memory_eigenvalues")) else [],
+        principal_angles=named,
+        raw=data,
+    )
+
+
+def matrix_from_metrics(metrics: list[Record]) -> tuple[list[str], list[list[float | None]]]:
+    """Names and matrix as far as a run came, from the ``eval`` rows of its metrics (one block a finished task)."""
+    blocks: dict[float, dict[str, float]] = {}
+    for row in metrics:
+        if row.get("split") == "eval" and row.get("task") and row.get("accuracy") is not None:
+            blocks.setdefault(row["step"], {})[row["task"]] = row["accuracy"]
+    tasks = list(max(blocks.values(), key=len)) if blocks else []
+    size = len(tasks)
+    matrix: list[list[float | None]] = [[None] * size for _ in range(size)]
+    for block in blocks.values():
+        matrix[len(block) - 1] = [block.get(name) for name in tasks]
+    return tasks, matrix
+
+
+def _read_matrix(run: RunFolder) -> None:
+    """The accuracy matrix from the best file there is: results.json, its CSV, the metrics, the final accuracies."""
+    folder = run.path / "results"
+    run.results = _attempt(run, folder / RESULTS, read_results, None)
+    if run.results is not None:
+        run.tasks, run.matrix = run.results.tasks, run.results.accuracy_matrix
+        return
+    if (folder / MATRIX).exists():
+        run.tasks, run.matrix = _attempt(run, folder / MATRIX, read_matrix_csv, ([], []))
+    if not run.tasks:
+        run.tasks, run.matrix = matrix_from_metrics(run.metrics)
+    if not run.tasks and (folder / PER_TASK).exists():
+        final = _attempt(run, folder / PER_TASK, read_json, None)
+        if _numbers(final):
+            run.tasks = [f"task{u}" for u in range(1, len(final) + 1)]
+            run.matrix = [*([None] * len(final) for _ in final[1:]), final]
+
+
+def finished_tasks(run: RunFolder) -> int:
+    """How many tasks the run has finished, as far as its matrix tells."""
+    return len(transfer.finished_rows(run.matrix))
+
+
+def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: T) -> T:
+    try:
+        return read(file)
+    except NotFoundError as error:
+        reason = f"{file} is not there" if not file.exists() else str(error)
+        run.problems[file.name] = reason
+        return default
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise NotFoundError(f"{file}: not YAML ({' '.join(str(error).split())[:100]})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _numbers(values: Any, length: int | None = None) -> bool:
+    """Whether ``values`` is a list (of ``length``, else not empty) of numbers."""
+    if not isinstance(values, list) or len(values) != (len(values) if length is None else length) or not values:
+        return False
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def _task_number(file: Path) -> int:
+    found = re.search(r"\d+", file.stem)
+    return int(found.group()) if found else 0

@@ -1,0 +1,214 @@
+"""The record of one run: which event writes what to which tracker, under one naming scheme."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from nostalgia.reporting.csv_log import CsvLog
+from nostalgia.reporting.results import RunResults
+from nostalgia.reporting.trackers import Forgiving, Warn, flatten, make_trackers, memory_log
+
+MEGABYTE = 2.0**20
+
+
+class RunLog:
+    """Writes metrics.csv, memory.csv, tensorboard/ and, where asked, Weights & Biases; rank 0 alone writes.
+
+    ``step`` is the number of optimizer steps since the start of the run, over all tasks. With ``resume_step``
+    what a former part of the run logged after that step is dropped. ``wandb``: options of
+    `trackers.wandb_tracker`, None for no W&B. ``warn`` is told, in one line, of a tracker that failed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        accelerator: Accelerator,
+        *,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        save_dir: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+        warn: Warn = print,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = flatten(config or {})
+        self.step = resume_step or 0
+        self._warn = warn
+        self._trackers: list[Forgiving] = []
+        self._memory: CsvLog | None = None
+        if accelerator.is_main_process:
+            self._trackers = make_trackers(
+                run_dir,
+                warn,
+                tensorboard=tensorboard,
+                wandb=wandb,
+                save_dir=save_dir,
+                resume_step=resume_step,
+            )
+            self._open_memory(run_dir / "memory.csv", resume_step)
+        accelerator.trackers = self._trackers
+        for tracker in self._trackers:
+            tracker.store_init_configuration(self.config)
+
+    def train_step(
+        self,
+        *,
+        step: int,
+        task: str,
+        epoch: int,
+        loss: float,
+        accuracy: float | None = None,
+        lr: float | None = None,
+        grad_norm: float | None = None,
+        projected_fraction: float | None = None,
+        leak: float | None = None,
+        images_per_s: float | None = None,
+        split: str = "train",
+    ) -> None:
+        """A logged step; ``split`` is ``warmup`` while only the head trains; ``grad_norm`` before clipping."""
+        values = {
+            f"{split}/loss": loss,
+            f"{split}/accuracy": accuracy,
+            f"{split}/lr": lr,
+            f"{split}/grad_norm": grad_norm,
+            f"{split}/images_per_s": images_per_s,
+            f"{split}/epoch": epoch,
+            "nostalgia/projected_fraction": projected_fraction,
+            "nostalgia/leak": leak,
+        }
+        row = {
+            "task": task,
+            "epoch": epoch,
+            "split": split,
+            "loss": loss,
+            "accuracy": accuracy,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "projected_fraction": projected_fraction,
+            "leak": leak,
+            "images_per_s": images_per_s,
+        }
+        self._log(values, step, row)
+
+    def validation(
+        self, *, step: int, task: str, epoch: int, loss: float, accuracy: float, leak: float | None = None
+    ) -> None:
+        """Validation of the task in training after an epoch; ``leak`` since the task's start."""
+        values = {f"val/loss/{task}": loss, f"val/accuracy/{task}": accuracy, "nostalgia/leak": leak}
+        row = {"task": task, "epoch": epoch, "split": "val", "loss": loss, "accuracy": accuracy, "leak": leak}
+        self._log(values, step, row)
+
+    def evaluation(
+        self,
+        *,
+        step: int,
+        tasks: Sequence[str],
+        accuracies: Sequence[float],
+        losses: Sequence[float] | None = None,
+        split: str = "eval",
+    ) -> None:
+        """Accuracy on each task seen, after a task was trained: a row of the accuracy matrix.
+
+        ``split`` is ``before`` for a task measured just before its training.
+        """
+        per_task = zip(tasks, accuracies, losses or [None] * len(tasks), strict=True)
+        for task, accuracy, loss in per_task:
+            values = {f"{split}/accuracy/{task}": accuracy, f"{split}/loss/{task}": loss}
+            self._log(values, step, {"task": task, "split": split, "accuracy": accuracy, "loss": loss})
+        if split == "eval":
+            self._log({"eval/accuracy_mean": sum(accuracies) / len(accuracies)}, step)
+
+    def curvature(
+        self,
+        task: str,
+        eigenvalues: Sequence[float],
+        *,
+        residuals: Sequence[float] = (),
+        products: int | None = None,
+        seconds: float | None = None,
+        memory_columns: int | None = None,
+    ) -> None:
+        """Eigenvalues of a finished task, by number from 1, and what they cost."""
+        named = {f"curvature/{task}/eigenvalue_{i}": value for i, value in enumerate(eigenvalues, start=1)}
+        worst = max(residuals, default=None)
+        costs = {
+            "products": products,
+            "seconds": seconds,
+            "worst_residual": worst,
+            "memory_columns": memory_columns,
+        }
+        self._log(
+            {**named, **{f"curvature/{task}/{name}": value for name, value in costs.items()}}, self.step
+        )
+
+    def memory(self, step: int | None = None) -> None:
+        """Memory of every rank now, in MiB; every rank must call this. GPU: the peak since the last call."""
+        step = self.step if step is None else step
+        sample = torch.tensor([memory_sample(self.accelerator.device)], device=self.accelerator.device)
+        per_rank = self.accelerator.gather(sample).tolist()
+        if self._memory is None:
+            return
+        values = {}
+        try:
+            for rank, (gpu, cpu) in enumerate(per_rank):
+                row = {"time": round(time.time(), 2), "step": step, "rank": rank}
+                self._memory.write({**row, "gpu_mem_mb": round(gpu, 1), "cpu_mem_mb": round(cpu, 1)})
+                values |= {f"memory/rank{rank}/gpu_mb": gpu, f"memory/rank{rank}/cpu_mb": cpu}
+        except OSError as error:
+            self._memory = None
+            self._warn(f"memory.csv stopped, the run goes on without it: {error}")
+        self._log(values, step)
+
+    def figures(self, paths: Mapping[str, Path]) -> None:
+        """Hand figures (PNG, by name) to the trackers that show pictures."""
+        if not self._trackers:
+            return
+        from matplotlib.image import imread
+
+        for name, path in paths.items():
+            image = (imread(path)[None, :, :, :3] * 255).astype("uint8")  # (1, H, W, 3)
+            for tracker in self._trackers:
+                tracker.log_images({f"figures/{name}": image}, step=self.step)
+
+    def finish(self, results: RunResults | None = None) -> None:
+        """Leave the results with the trackers (None: the run ended early) and close them."""
+        metrics = {} if results is None else {k: v for k, v in results.metrics().items() if v is not None}
+        for tracker in self._trackers:
+            if metrics:
+                tracker.store_summary(self.config, metrics)
+            tracker.finish()
+        if self._memory is not None:
+            self._memory.close()
+        self.accelerator.trackers, self._trackers, self._memory = [], [], None
+
+    def _log(
+        self, values: Mapping[str, float | None], step: int, row: Mapping[str, Any] | None = None
+    ) -> None:
+        self.step = max(self.step, step)
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        self.accelerator.log(known, step=step, log_kwargs={"csv": {"row": row}})
+
+    def _open_memory(self, path: Path, resume_step: int | None) -> None:
+        try:
+            self._memory = memory_log(path, resume_step)
+        except (OSError, ValueError) as error:
+            self._warn(f"memory.csv cannot be written, the run goes on without it: {error}")
+
+
+def memory_sample(device: torch.device) -> tuple[float, float]:
+    """MiB of this process: GPU memory allocated at most since the last call (0 on CPU), resident memory."""
+    resident = psutil.Process(os.getpid()).memory_info().rss / MEGABYTE
+    if device.type != "cuda":
+        return 0.0, resident
+    peak = torch.cuda.max_memory_allocated(device) / MEGABYTE
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak, resident

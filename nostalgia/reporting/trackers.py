@@ -1,0 +1,241 @@
+"""What a run records, through Accelerate's tracker interface: CSV, TensorBoard, Weights & Biases.
+
+One naming scheme for all trackers: ``train/loss``, ``val/accuracy/<task>``, ``eval/accuracy/<task>``,
+``curvature/<task>/eigenvalue_<i>``, ``nostalgia/leak``, ``memory/rank<r>/gpu_mb``. A tracker that fails says
+so in one line and is left out from then on: no measurement is worth the training it was to watch.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, on_main_process
+
+from nostalgia.reporting.csv_log import MEMORY_COLUMNS, METRICS_COLUMNS, CsvLog
+from nostalgia.reporting.files import write_atomic
+
+Warn = Callable[[str], None]
+
+
+class CsvTracker(GeneralTracker):
+    """Writes metrics.csv: the row given to `log` beside its values."""
+
+    name = "csv"
+    requires_logging_directory = True
+
+    def __init__(
+        self, path: Path, columns: Sequence[str] = METRICS_COLUMNS, resume_step: int | None = None
+    ) -> None:
+        super().__init__()
+        self.path, self.columns, self.resume_step = path, columns, resume_step
+
+    @on_main_process
+    def start(self) -> None:
+        self.file = CsvLog(self.path, self.columns)
+        if self.resume_step is not None:
+            self.truncate_after(self.resume_step)
+
+    @property
+    def tracker(self) -> CsvLog:
+        return self.file
+
+    @on_main_process
+    def log(
+        self, values: dict[str, Any], step: int | None = None, row: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write ``row`` as of ``step``; values without a row (eigenvalues, memory) are in other files."""
+        if row is not None:
+            self.file.write({"step": step, **row})
+
+    @on_main_process
+    def truncate_after(self, step: int) -> None:
+        self.file.truncate_after(step)
+
+    @on_main_process
+    def finish(self) -> None:
+        self.file.close()
+
+
+class TensorBoardLog(TensorBoardTracker):
+    """Accelerate's tracker, which would file the configuration in a folder of its own without a metric."""
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in values.items()))
+
+    @on_main_process
+    def store_summary(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The run's line in the HPARAMS tab."""
+        named = {f"result/{name}": value for name, value in metrics.items()}
+        self.writer.add_hparams(config, named, run_name=".")
+        self.writer.flush()
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        super().log_images(values, step=step, dataformats="NHWC", **kwargs)
+
+
+class WandBLog(WandBTracker):
+    """Accelerate's tracker, with the run's results as its summary."""
+
+    @on_main_process
+    def store_summary(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+        self.run.summary.update(metrics)
+
+
+class Forgiving(GeneralTracker):
+    """Passes calls on to ``tracker`` until one fails, which ``warn`` is told in one line."""
+
+    requires_logging_directory = False
+
+    def __init__(self, tracker: GeneralTracker, warn: Warn) -> None:
+        super().__init__(_blank=True)
+        self.name = tracker.name
+        self._tracker, self._warn, self.failed = tracker, warn, False
+
+    @property
+    def tracker(self) -> Any:
+        return self._tracker.tracker
+
+    def start(self) -> None:
+        self._try("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._try("store_init_configuration", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self._try("log", values, step=step, **kwargs)
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if hasattr(self._tracker, "log_images"):
+            self._try("log_images", values, step=step, **kwargs)
+
+    def store_summary(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+        if hasattr(self._tracker, "store_summary"):
+            self._try("store_summary", config, metrics)
+
+    def finish(self) -> None:
+        self._try("finish")
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self.failed:
+            return
+        try:
+            getattr(self._tracker, method)(*args, **kwargs)
+        except tracker_errors() as error:
+            self.failed = True
+            self._warn(f"{self.name} tracker stopped, the run goes on without it: {one_line(error)}")
+
+
+def tracker_errors() -> tuple[type[Exception], ...]:
+    """What trackers raise when a disk, a network, an account or a package is not what they need."""
+    errors: list[type[Exception]] = [OSError, RuntimeError, ValueError, ImportError]
+    try:
+        from wandb.errors import Error
+    except ImportError:
+        return tuple(errors)
+    return (*errors, Error)
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, lists as JSON text: trackers take numbers, text and booleans only."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            flat[f"{prefix}{key}"] = "null" if value is None else value
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return flat
+
+
+def wandb_tracker(
+    run_dir: Path,
+    *,
+    project: str = "nostalgia",
+    entity: str | None = None,
+    name: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    mode: str = "online",
+    save_dir: Path | None = None,
+    resume: bool = False,
+) -> WandBLog:
+    """Weights & Biases run, the same one when the run is resumed (its id is kept in the run folder).
+
+    Raises ImportError without the package.
+    """
+    import wandb
+
+    id_file = run_dir / "wandb_id.txt"
+    known = resume and id_file.exists()
+    run_id = id_file.read_text().strip() if known else f"{run_dir.name}-{secrets.token_hex(3)}"
+    write_atomic(id_file, run_id + "\n")
+    folder = save_dir or run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandBLog(
+        project,
+        id=run_id,
+        resume="allow" if known and mode == "online" else None,
+        entity=entity,
+        name=name or run_dir.name,
+        group=group,
+        tags=list(tags) or None,
+        mode=mode,
+        dir=str(folder),
+        # Its copy of the console would fight the progress display.
+        settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+    )
+
+
+def make_trackers(
+    run_dir: Path,
+    warn: Warn,
+    *,
+    tensorboard: bool,
+    wandb: Mapping[str, Any] | None,
+    save_dir: Path | None,
+    resume_step: int | None,
+) -> list[Forgiving]:
+    """The started trackers; ``wandb`` holds `wandb_tracker`'s options, None leaves it out."""
+    resuming = {} if resume_step is None else {"purge_step": resume_step + 1}
+    makers: dict[str, Callable[[], GeneralTracker]] = {
+        "csv": lambda: CsvTracker(run_dir / "metrics.csv", resume_step=resume_step)
+    }
+    if tensorboard:
+        makers["tensorboard"] = lambda: TensorBoardLog("tensorboard", save_dir or run_dir, **resuming)
+    if wandb is not None:
+        makers["wandb"] = lambda: wandb_tracker(
+            run_dir, **{"save_dir": save_dir, "resume": resume_step is not None, **wandb}
+        )
+    trackers = []
+    for name, make in makers.items():
+        try:
+            tracker = Forgiving(make(), warn)
+        except tracker_errors() as error:
+            warn(f"{name} tracker cannot be made, the run goes on without it: {one_line(error)}")
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="wandb")
+            tracker.start()
+        trackers.append(tracker)
+    return trackers
+
+
+def memory_log(path: Path, resume_step: int | None) -> CsvLog:
+    """memory.csv, without the rows that a resumed run writes again."""
+    log = CsvLog(path, MEMORY_COLUMNS)
+    if resume_step is not None:
+        log.truncate_after(resume_step)
+    return log
