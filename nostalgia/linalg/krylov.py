@@ -1,18 +1,19 @@
 """The orthonormal basis of a Lanczos solve, and what is known of the operator on it.
 
-Rows V (m, P) have had their product, rows U (q, P) wait for theirs ("pending"). With [V; U] orthonormal and T
-symmetric,
+Rows V (m, P) have had their product. The *active* row a, orthonormal to them, is the next to have it.
+*Parked* rows U (p, P), orthogonal to V and a but neither unit nor orthogonal to each other, hold what the
+solve turned away from: new rows need not be orthogonal to them, so they hide nothing. With T = V A V^T,
 
-    A V^T = V^T (T + D) + U^T C + lost,
+    A V^T = V^T (T + D) + a^T c + U^T C + lost,
 
-where T = V A V^T, C couples to the pending rows, D is how far products contradict the symmetry of A (rounding, or
-noise of a low precision), and of what restarts cut off only the Gram matrix G is kept. So the Ritz pair
-(theta, y = V^T s) of T s = theta s has the residual
+where D is how far products contradict the symmetry of A (rounding, or noise of a low precision), and of what
+restarts cut off only the Gram matrix G is kept. So the Ritz pair (theta, y = V^T s) of T s = theta s has the
+residual
 
-    |A y - theta y| <= |C s| + |D s| + (s^T G s)^(1/2),
+    |A y - theta y| <= |a^T c s + U^T C s| + |D s| + (s^T G s)^(1/2),
 
-up to the rounding of the vectors, for which one rounding of |A| is added. One pending row makes this the usual Lanczos recurrence in its
-thick-restart form (Wu and Simon 2000); more of them, a block method that takes one product at a time.
+up to the rounding of the vectors, for which one rounding of |A| is added. Without parked rows this is the
+Lanczos recurrence in its thick-restart form (Wu and Simon 2000).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from nostalgia.errors import RunFailedError
 from nostalgia.linalg.vector_space import VectorSpace
 
-MAX_PENDING = 4
+MAX_PARKED = 4
 # A remainder below this many roundings of the product it is left of has no direction of its own.
 BREAKDOWN = 10.0
 
@@ -34,24 +35,28 @@ BREAKDOWN = 10.0
 class Operator(Protocol):
     """A symmetric linear operator on the vectors of ``space``."""
 
-    space: VectorSpace
+    @property
+    def space(self) -> VectorSpace: ...
 
     def matvec(self, v: Tensor) -> Tensor: ...
 
 
-def _empty(rows: int) -> Tensor:
+def _none(rows: int = 0) -> Tensor:
     return torch.zeros(rows, 0, dtype=torch.float64)
 
 
 @dataclass
 class LanczosState:
-    """All of a solve between two products: going on from it is, bit for bit, going on as if never stopped."""
+    """All of a solve between two products: going on from it is, to the bit, going on as if never stopped."""
 
-    basis: Tensor  # (rows, P_local): V, then U, then room to grow
+    basis: Tensor  # (rows, P_local): V, then a if there is one, then room to grow
+    parked: Tensor  # U (p, P_local)
     projected: Tensor  # T (m, m) float64, CPU, as all below
     deviation: Tensor  # D (m, m)
     lost: Tensor  # G (m, m)
-    coupling: Tensor  # C (q, m)
+    active_coupling: Tensor  # c (1, m); (0, m) where no row is active
+    parked_coupling: Tensor  # C (p, m)
+    parked_gram: Tensor  # U U^T (p, p)
     products: int = 0
     draws: int = 0  # random vectors drawn
     scale: float = 0.0  # largest |A v| seen: a lower bound of |A|
@@ -59,15 +64,13 @@ class LanczosState:
     probe_values: Tensor | None = None  # (k,) Ritz values when it started
     probe_residuals: Tensor | None = None  # (k,)
 
-    @property
-    def rows(self) -> int:
-        """m + q: the rows of ``basis`` in use."""
-        return self.projected.shape[0] + self.coupling.shape[0]
-
     def clone(self) -> LanczosState:
         """A copy that later products leave alone, without the room to grow."""
-        copy = LanczosState(**{**vars(self), "basis": self.basis[: self.rows].clone()})
-        return copy  # the small matrices are replaced, never written to
+        used = self.projected.shape[0] + self.active_coupling.shape[0]
+        # The small matrices are replaced by a solve, never written to.
+        return LanczosState(
+            **{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()}
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Ritz:
 
     values: Tensor  # (m,) float64, CPU, as all below
     vectors: Tensor  # (m, m), columns s
-    coupling: Tensor  # (m,) |C s|: what further products reduce
-    noise: Tensor  # (m,) |D s| + (s^T G s)^(1/2) + eps |A|: what they cannot
+    coupling: Tensor  # (m,) |a^T c s + U^T C s|: what further products reduce
+    noise: Tensor  # (m,) |D s| + (s^T G s)^(1/2) + rounding: what they cannot
 
     @property
     def residuals(self) -> Tensor:
@@ -85,17 +88,18 @@ class Ritz:
 
 
 class Krylov:
-    """Grows and compresses the basis of ``state``; at most ``rows`` vectors with a product, a few without."""
+    """Grows and compresses the basis of ``state``: ``rows`` vectors with a product, and a few besides."""
 
     def __init__(self, operator: Operator, rows: int, seed: int, state: LanczosState | None) -> None:
         self.operator, self.space, self.seed = operator, operator.space, seed
         self.epsilon = torch.finfo(self.space.dtype).eps
-        room = rows + MAX_PENDING + 1  # the last row takes the product
+        room = rows + 2  # the active row, and the product
         if state is None:
-            state = LanczosState(self.space.zeros(room), _empty(0), _empty(0), _empty(0), _empty(0))
+            blocks = self.space.zeros(room), self.space.zeros(0)
+            state = LanczosState(*blocks, _none(), _none(), _none(), _none(), _none(), _none())
         elif state.basis.shape[0] < room:
             basis = self.space.zeros(room)
-            basis[: state.rows] = state.basis[: state.rows]
+            basis[: state.basis.shape[0]] = state.basis
             state.basis = basis
         self.state = state
 
@@ -104,8 +108,8 @@ class Krylov:
         return self.state.projected.shape[0]
 
     @property
-    def pending(self) -> int:
-        return self.state.coupling.shape[0]
+    def active(self) -> bool:
+        return self.state.active_coupling.shape[0] > 0
 
     @property
     def exhausted(self) -> bool:
@@ -117,98 +121,148 @@ class Krylov:
         values, vectors = torch.linalg.eigh(s.projected)
         order = (values if which == "largest" else values.abs()).argsort(descending=True, stable=True)
         values, vectors = values[order], vectors[:, order]
+        parked = s.parked_coupling @ vectors
+        squared = (s.active_coupling @ vectors).square().sum(0) + (parked * (s.parked_gram @ parked)).sum(0)
         noise = (s.deviation @ vectors).norm(dim=0) + self.epsilon * s.scale
         noise += ((s.lost @ vectors) * vectors).sum(0).clamp_min(0.0).sqrt()
-        return Ritz(values, vectors, (s.coupling @ vectors).norm(dim=0), noise)
+        return Ritz(values, vectors, squared.clamp_min(0.0).sqrt(), noise)
 
-    def add_random(self) -> None:
-        """A random unit vector orthogonal to all rows becomes the last pending one; rows must not span R^P."""
-        s, n = self.state, self.state.rows
-        s.draws += 1
-        s.basis[n] = self.space.randn((self.seed << 20) + s.draws)
-        _, _, length = self._orthogonalise(n)
-        s.basis[n] /= length
-        s.coupling = torch.cat([s.coupling, torch.zeros(1, self.m, dtype=torch.float64)])
+    def strengths(self, vectors: Tensor) -> Tensor:
+        """How much the Ritz vectors s (m, j) couple to each row: (a, then U) of this rank's 1 + p or p."""
+        s = self.state
+        active = (s.active_coupling @ vectors).norm(dim=1)
+        lengths = s.parked_gram.diagonal().clamp_min(0.0).sqrt()
+        return torch.cat([active, (s.parked_coupling @ vectors).norm(dim=1) * lengths])
 
-    def expand(self, index: int) -> None:
-        """Multiply pending row ``index`` and append what of the product is outside the basis, if anything is.
+    # -- the active row ------------------------------------------------------------------------------------
+
+    def expand(self) -> None:
+        """Multiply the active row; what of its product lies outside the basis, if anything, is active next.
 
         Two small all-reduces (three where cancellation asks for it). Raises RunFailedError for a product that
         is not finite.
         """
-        s, m, n = self.state, self.m, self.state.rows
-        self._swap_pending(0, index)
-        s.basis[n] = self.operator.matvec(s.basis[m])
+        s, m = self.state, self.m
+        s.basis[m + 1] = self.operator.matvec(s.basis[m])
         s.products += 1
-        column, before, beta = self._orthogonalise(n)
-        s.scale = max(s.scale, before)
-        coupling = torch.cat([s.coupling[1:], column[m + 1 :, None]], dim=1)
-        deviation = torch.cat([s.deviation, (s.coupling[0] - column[:m])[None]])
+        column, beta, overlaps = self._orthogonalise(m + 1, is_product=True)
+        # Measured against what was known of A v_i along v_m: they differ by what broke the symmetry.
+        deviation = torch.cat([s.deviation, s.active_coupling - column[None, :m]])
         s.deviation = torch.cat([deviation, torch.zeros(m + 1, 1, dtype=torch.float64)], dim=1)
-        s.projected = torch.cat(
-            [torch.cat([s.projected, column[None, :m]]), column[: m + 1, None]],
-            dim=1,
-        )
+        s.projected = torch.cat([torch.cat([s.projected, column[None, :m]]), column[:, None]], dim=1)
         s.lost = torch.nn.functional.pad(s.lost, (0, 1, 0, 1))
-        s.coupling = coupling
-        if n < self.space.size and beta > BREAKDOWN * self.epsilon * s.scale:
-            s.basis[n] /= beta
-            new = torch.zeros(1, m + 1, dtype=torch.float64)
-            new[0, m] = beta
-            s.coupling = torch.cat([coupling, new])
+        s.parked_coupling = torch.nn.functional.pad(s.parked_coupling, (0, 1))
+        s.active_coupling = torch.zeros(0, m + 1, dtype=torch.float64)
+        if beta > 0.0 and not self.exhausted:
+            coupling = torch.zeros(m + 1, dtype=torch.float64)
+            coupling[m] = beta
+            self._activate(coupling, overlaps)
+
+    def add_random(self) -> None:
+        """A random vector orthogonal to V becomes active; none may be, and V must not span R^P."""
+        s, m = self.state, self.m
+        s.draws += 1
+        s.basis[m] = self.space.randn((self.seed << 20) + s.draws)
+        _, _, overlaps = self._orthogonalise(m)
+        self._activate(torch.zeros(m, dtype=torch.float64), overlaps)
+
+    def park(self, ritz: Ritz, wanted: int) -> None:
+        """Turn away from the active row, if there is one. Beyond MAX_PARKED the row needed least is lost.
+
+        Ritz vectors besides the ``wanted`` ones, which may need it more, are given up before.
+        """
+        s = self.state
+        if not self.active:
+            return
+        if len(s.parked) == MAX_PARKED:
+            self.restart(ritz, wanted)
+        self._append_parked()
+        if len(s.parked) > MAX_PARKED:
+            weakest = int(self.strengths(torch.eye(self.m, dtype=torch.float64)).argmin())
+            c = s.parked_coupling[weakest]
+            s.lost = s.lost + torch.outer(c, c) * s.parked_gram[weakest, weakest]
+            self._remove_parked(weakest)
+
+    def unpark(self, index: int) -> None:
+        """Make parked row ``index`` the active one, and park the active one in its place."""
+        s, m = self.state, self.m
+        if self.active:
+            self._append_parked()
+        s.basis[m] = s.parked[index]
+        coupling = s.parked_coupling[index]
+        self._remove_parked(index)
+        _, length, overlaps = self._orthogonalise(m)
+        if length > 0.0:
+            self._activate(coupling * length, overlaps)
+
+    # -- the whole basis -----------------------------------------------------------------------------------
 
     def restart(self, ritz: Ritz, keep: int) -> None:
-        """Compress V to its first ``keep`` Ritz vectors, in place; the pending rows stay."""
+        """Compress V to its first ``keep`` Ritz vectors, in place; the other rows stay."""
         s, m = self.state, self.m
         kept, cut = ritz.vectors[:, :keep], ritz.vectors[:, keep:]
         away = cut.T @ s.deviation @ kept
         s.lost = kept.T @ s.lost @ kept + away.T @ away
         s.deviation = kept.T @ s.deviation @ kept
         s.projected = torch.diag(ritz.values[:keep])
-        s.coupling = s.coupling @ kept
+        s.active_coupling, s.parked_coupling = s.active_coupling @ kept, s.parked_coupling @ kept
         self.space.combine_(kept.T, s.basis[:m])
-        for i in range(self.pending):
-            s.basis[keep + i] = s.basis[m + i]
+        if self.active:
+            s.basis[keep] = s.basis[m]
 
-    def drop_pending(self, index: int) -> None:
-        """Forget a pending row; what couples to it is lost, and counted as such."""
-        s, last = self.state, self.pending - 1
-        s.lost = s.lost + torch.outer(s.coupling[index], s.coupling[index])
-        self._swap_pending(index, last)
-        s.coupling = s.coupling[:last]
+    # -- inside --------------------------------------------------------------------------------------------
 
-    def _swap_pending(self, i: int, j: int) -> None:
-        if i == j:
-            return
-        s, m = self.state, self.m
-        s.basis[m + i], s.basis[m + j] = s.basis[m + j].clone(), s.basis[m + i].clone()
-        order = list(range(self.pending))
-        order[i], order[j] = j, i
-        s.coupling = s.coupling[order]
+    def _activate(self, coupling: Tensor, overlaps: Tensor) -> None:
+        """Row m, orthonormal to V, becomes active. Parked rows give up what of them lies along it."""
+        s, row = self.state, self.state.basis[self.m]
+        s.active_coupling = (coupling + overlaps @ s.parked_coupling)[None]
+        s.parked_gram = s.parked_gram - torch.outer(overlaps, overlaps)
+        for parked, overlap in zip(s.parked, overlaps.tolist(), strict=True):
+            parked.sub_(row, alpha=overlap)
 
-    def _orthogonalise(self, n: int) -> tuple[Tensor, float, float]:
-        """Classical Gram-Schmidt, twice, of row n against the n rows before it, all of them at once.
+    def _append_parked(self) -> None:
+        s = self.state
+        s.parked = torch.cat([s.parked, s.basis[self.m, None]])
+        s.parked_coupling = torch.cat([s.parked_coupling, s.active_coupling])
+        s.parked_gram = torch.nn.functional.pad(s.parked_gram, (0, 1, 0, 1))
+        s.parked_gram[-1, -1] = 1.0
+        s.active_coupling = torch.zeros(0, self.m, dtype=torch.float64)
 
-        Returns the coefficients removed (n,), and the length before and after; 0.0 after where nothing but
-        rounding is left. One small all-reduce a pass, which brings the length too.
+    def _remove_parked(self, index: int) -> None:
+        s = self.state
+        others = [i for i in range(len(s.parked)) if i != index]
+        s.parked, s.parked_coupling = s.parked[others], s.parked_coupling[others]
+        s.parked_gram = s.parked_gram[others][:, others]
+
+    def _orthogonalise(self, n: int, *, is_product: bool = False) -> tuple[Tensor, float, Tensor]:
+        """Make row n orthonormal to the n rows before it by classical Gram-Schmidt on all of them at once.
+
+        Products twice, anything else as often as cancellation asks for. Returns the coefficients removed
+        (n,), the length left (0.0: nothing but rounding, no direction) and the unit row's overlaps with
+        the parked rows (p,). One small all-reduce a pass brings all of these.
         """
-        basis, space = self.state.basis, self.space
+        s, space = self.state, self.space
         total = torch.zeros(n, dtype=torch.float64)
-        before = after = 0.0
         for step in range(3):
-            inner = space.gram(basis[: n + 1], basis[n : n + 1])[:, 0].cpu()
+            row = s.basis[n : n + 1]
+            parts = [space.local_gram(s.basis[: n + 1], row), space.local_gram(s.parked, row)]
+            inner = space.all_reduce(torch.cat(parts)[:, 0]).cpu()
+            removed, length, overlaps = inner[:n], float(inner[n].clamp_min(0.0).sqrt()), inner[n + 1 :]
             if not bool(torch.isfinite(inner).all()):
                 raise RunFailedError(
-                    f"product {self.state.products} of the eigensolve is not finite: the loss or its second "
+                    f"product {s.products} of the eigensolve is not finite: the loss or its second "
                     "derivative overflows at these parameters; see whether the loss is finite, and try "
                     "nostalgia.precision=float64"
                 )
-            removed, length = inner[:n], float(inner[n].clamp_min(0.0).sqrt())
-            before = length if step == 0 else before
-            basis[n] -= space.combine(removed[None], basis[:n])[0]
+            if is_product and step == 0:
+                s.scale = max(s.scale, length)
+            if is_product and length <= BREAKDOWN * self.epsilon * s.scale:
+                return total, 0.0, overlaps
+            s.basis[n] -= space.combine(removed[None], s.basis[:n])[0]
             total += removed
-            # By Pythagoras; exact enough once a pass removes little.
-            after = float((inner[n] - removed @ removed).clamp_min(0.0).sqrt())
-            if n == 0 or (step >= 1 and after > 0.7 * length):
-                return total, before, after
-        return total, before, 0.0
+            # By Pythagoras, which is exact enough where a pass removes little.
+            left = float((inner[n] - removed @ removed).clamp_min(0.0).sqrt())
+            if left > 0.7 * length and (step > 0 or n == 0 or not is_product):
+                s.basis[n] /= left
+                return total, left, overlaps / left
+        return total, 0.0, overlaps

@@ -1,16 +1,18 @@
 """Thick-restart Lanczos: the top eigenpairs of a symmetric operator, with residuals that can be trusted.
 
-The basis stays orthonormal to rounding (blocked classical Gram-Schmidt, twice), so no eigenvalue appears more often
-than it is there: no ghosts. Converged pairs are kept through every restart with their couplings, not frozen: a pair
-frozen at a residual of tol |lambda_1| could keep pairs with a far smaller eigenvalue from ever converging.
+The basis stays orthonormal to rounding (blocked classical Gram-Schmidt, twice), so no eigenvalue appears more
+often than it is there: no ghosts. Converged pairs are kept through every restart with their couplings, not
+frozen: a pair frozen at a residual of tol |lambda_1| could keep pairs of far smaller eigenvalues from ever
+converging.
 
-What Lanczos from one vector cannot see is the second vector of a repeated eigenvalue. Where products stay inside the
-basis (an invariant subspace) a random vector outside it goes on. Else, when all pairs have converged, the solve
-*probes*: ``probe`` products from a random vector orthogonal to everything so far. If that changes the wanted pairs
-they are iterated to convergence and probed again. After j products from a random vector, an eigenvalue lambda of a
-positive semi-definite operator that the first pass missed has shown up but for a probability of
-1.65 sqrt(P) exp(-(2j - 1) sqrt(1 - mu / lambda)), with mu the largest Ritz value seen of what is left (Kuczynski
-and Wozniakowski 1992): 8 products tell copies of eigenvalues well above what is left, not those next to it.
+What Lanczos from one vector cannot see is the second vector of a repeated eigenvalue. Where products stay
+inside the basis (an invariant subspace) a random vector outside it goes on. Else, when all pairs have
+converged, the solve *probes*: ``probe`` products from a random vector orthogonal to all vectors found. If
+that changes the wanted pairs they are iterated to convergence and probed again, twice as long. After j
+products from a random vector, an eigenvalue lambda of a positive semi-definite operator that the first
+pass missed has shown up but for a probability of 1.65 sqrt(P) exp(-(2j - 1) sqrt(1 - mu / lambda)), with
+mu the largest Ritz value seen of what is left (Kuczynski and Wozniakowski 1992): 8 products tell copies
+of eigenvalues well above what is left, not surely those within some 20 % of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nostalgia.errors import UsageError
-from nostalgia.linalg.krylov import MAX_PENDING, Krylov, LanczosState, Operator, Ritz
+from nostalgia.linalg.krylov import Krylov, LanczosState, Operator, Ritz
 from nostalgia.linalg.subspace import polish_
 from nostalgia.linalg.vector_space import Traffic, VectorSpace
 
@@ -80,12 +82,12 @@ def lanczos(
 
     A pair is converged when its residual is at most ``tol`` |lambda|, or at most 10 roundings of the largest
     |lambda| (what an eigenvalue of zero can reach). The solve ends when all are and a probe found nothing new
-    (``probe=0``: without one), when what is left is the products' own noise, or after ``max_products`` (default
-    10 (2 k + 16)). Pairs that did not converge are returned and marked, never called converged.
+    (``probe=0``: without one), when what is left is the products' own noise, or after ``max_products``
+    (default 10 (2 k + 16)). Pairs that did not converge are returned and marked, never called converged.
 
-    ``max_basis`` (default 2 k + 16, at most P) bounds the vectors held, up to 5 more. Residuals are those of the
-    projected problem, at no cost; ``true_residuals`` recomputes them by ``k`` products more. ``state``, taken
-    from a callback of the same solve, goes on from there and is used up.
+    ``max_basis`` (default 2 k + 16, at most P) bounds the vectors held, but for 7 more. Residuals are
+    those of the projected problem, at no cost; ``true_residuals`` recomputes them by ``k`` products more.
+    ``state``, taken from a callback of the same solve, goes on from there and is used up.
 
     Raises UsageError for a ``k`` outside 1..P or a setting that cannot work, and RunFailedError for a product
     that is not finite.
@@ -131,12 +133,10 @@ class _Solve:
         krylov, state = self.krylov, self.krylov.state
         ritz = krylov.ritz(self.which)
         while state.products < self.max_products and not self._finished(ritz):
-            if krylov.pending == 0:
-                krylov.add_random()
-            following = self._next(ritz)
+            self._turn(ritz)
             if krylov.m >= self.max_basis:
                 krylov.restart(ritz, min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1))
-            krylov.expand(following)
+            krylov.expand()
             ritz = krylov.ritz(self.which)
             if callback is not None:
                 callback(self._progress(ritz))
@@ -202,21 +202,22 @@ class _Solve:
         # Once a probe has found a copy there may be more: look twice as long.
         state.probe_end = state.products + self.probe * (1 if state.probe_values is None else 2)
         state.probe_values, state.probe_residuals = ritz.values[: self.k], ritz.residuals[: self.k]
-        if krylov.pending >= MAX_PENDING:
-            strengths = (state.coupling @ ritz.vectors[:, : self.k]).norm(dim=1)
-            krylov.drop_pending(int(strengths.argmin()))
-        if state.rows < krylov.space.size:
-            krylov.add_random()
+        krylov.park(ritz, self.k)
+        krylov.add_random()
 
-    def _next(self, ritz: Ritz) -> int:
-        """The pending row to multiply: what the pairs that did not converge lack most, else the latest."""
+    def _turn(self, ritz: Ritz) -> None:
+        """See to it that a row is active, and that it is what the pairs not converged yet lack most."""
         krylov = self.krylov
-        open_ = ritz.residuals[: self.k] > self._allowed(ritz)[: self.k]
-        if krylov.pending > 1 and bool(open_.any()):
-            strengths = (krylov.state.coupling @ ritz.vectors[:, : self.k][:, open_]).norm(dim=1)
-            if float(strengths.max()) > 0:
-                return int(strengths.argmax())
-        return krylov.pending - 1
+        not_yet = ritz.residuals[: self.k] > self._allowed(ritz)[: self.k]
+        if len(krylov.state.parked) and bool(not_yet.any()):
+            strengths = krylov.strengths(ritz.vectors[:, : self.k][:, not_yet])
+            strongest = int(strengths.argmax())
+            if not krylov.active:
+                krylov.unpark(strongest)
+            elif float(strengths[strongest]) > 2 * float(strengths[0]):
+                krylov.unpark(strongest - 1)
+        if not krylov.active:
+            krylov.add_random()
 
     def _progress(self, ritz: Ritz) -> LanczosProgress:
         values, residuals = ritz.values[: self.k], ritz.residuals[: self.k]

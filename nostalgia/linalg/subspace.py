@@ -22,7 +22,7 @@ EIGENVALUE_TOL = 1e-6
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged eigenspace: ``basis`` (m, L) of orthonormal rows, ``eigenvalues`` (m,) decreasing, float64, CPU.
+    """A merged eigenspace: ``basis`` (m, L) orthonormal, ``eigenvalues`` (m,) decreasing, float64 on CPU.
 
     ``dropped_eigenvalues`` are those of directions that had to go for the rank budget; noise is not counted.
     """

@@ -26,6 +26,9 @@ PLACEMENTS = ("auto", "local", "sliced", "sharded")
 # Columns of a block handled at once: bounds temporaries, and the length float32 products are summed over
 # before they are added up in float64. On a CPU the piece stays in the cache; a GPU wants fewer, larger calls.
 CHUNK = {"cpu": 1 << 14, "cuda": 1 << 17}
+# Newer versions of torch call the same collectives by other names, and warn of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass
@@ -213,7 +216,7 @@ class VectorSpace:
                 send[position : position + high - low] = flat[low:high]
                 position += high - low
         received = send.new_empty(padded)
-        dist.reduce_scatter_tensor(received, send, group=self.group)
+        _reduce_scatter(received, send, group=self.group)
         self._count_large(send)
         return received[: self.local_size]
 
@@ -295,7 +298,7 @@ class VectorSpace:
             send = x.new_zeros(padded)
             send[: self.local_size] = x
         received = x.new_empty(self.world_size * padded)
-        dist.all_gather_into_tensor(received, send.contiguous(), group=self.group)
+        _all_gather(received, send.contiguous(), group=self.group)
         self._count_large(received)
         if self.placement == "sliced":
             return received[: self.size]

@@ -83,6 +83,7 @@ def attach_lora(
         inject_adapter_in_model(adapters, backbone.model)
     adapted = {name for name, module in backbone.model.named_modules() if isinstance(module, BaseTunerLayer)}
     assert adapted == set(targets), f"PEFT adapted {adapted ^ set(targets)} besides or not"
+    backbone.train(backbone.training)  # the new layers, with their dropout, come in training mode
     backbone.lora = adapters
 
 

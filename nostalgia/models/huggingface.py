@@ -55,11 +55,11 @@ def build(
             raise UsageError("model.pretrained=true needs model.model_id: a hub id or a local folder")
         return _pretrained(model_id, config, image_size)
     settings, source = _scratch_config(model_id, config)
+    mean, std = (_triple(config, key) or HALF for key in NORMALISATION)
     if image_size is not None and "image_size" not in config and hasattr(settings, "image_size"):
         settings.image_size = image_size if isinstance(settings.image_size, int) else [image_size] * 2
     with seeded(seed), hub.quiet():
         model = AutoModel.from_config(settings, trust_remote_code=False, **_options(settings))
-    mean, std = (_triple(config, key) or HALF for key in NORMALISATION)
     size = image_size or _native_size(settings) or 224
     return _backbone(model.float(), settings, size, mean, std, source)
 
@@ -191,7 +191,7 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
     """Refuse, before anything large is built, what cannot turn images into features."""
     if settings.model_type in UNSUITABLE:
         raise UsageError(
-            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}: an image has no fixed features"
+            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}: no fixed features"
         )
     try:
         kind = transformers.MODEL_MAPPING[type(settings)]

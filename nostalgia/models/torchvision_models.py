@@ -109,6 +109,7 @@ def bare(arch: str, config: Mapping[str, Any], image_size: int) -> tuple[nn.Modu
     # The last layer as defined: linear everywhere but in SqueezeNet, whose classifier is a 1 x 1 convolution.
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     name = layers[-1]
+    assert model.get_submodule(name).weight.shape[0] == 1000, f"{arch}: {name} is no classifier"
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, nn.Identity())
     return model, name

@@ -96,7 +96,9 @@ def start_panel(info: RunInfo) -> Panel:
     return Panel(outer, title=title, title_align="left", expand=False, box=box.ROUNDED)
 
 
-def print_config(console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None) -> None:
+def print_config(
+    console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None
+) -> None:
     """The composed configuration; folded to the path of its file where ``quiet``."""
     where = f" ({path})" if path else ""
     if quiet:
@@ -145,39 +147,41 @@ def task_row(outcome: TaskOutcome) -> Panel:
     return Panel(grid, title=title, title_align="left", expand=False, box=box.ROUNDED)
 
 
-def print_final(console: Console, results: RunResults, paths: Mapping[str, Path] = {}) -> None:  # noqa: B006
+def print_final(console: Console, results: RunResults, paths: Mapping[str, Path] | None = None) -> None:
     """The accuracy matrix, the measures with their meaning, and where the files are."""
+    console.print("Accuracy on each task (column) after training a task (row)", style="bold")
     for table in matrix_tables(results.tasks, results.accuracy_matrix, console.width):
         console.print(table)
+        console.print()
     console.print(metrics_table(results.metrics()))
-    for name, path in paths.items():
+    console.print()
+    for name, path in (paths or {}).items():
         console.print(f"{name:<9} {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def matrix_tables(tasks: Sequence[str], matrix: transfer.Matrix, width: int = 80) -> list[Table]:
-    """The accuracy matrix; columns that do not fit ``width`` go to further tables."""
+    """The accuracy matrix; columns that do not fit ``width`` go to further tables, without the empty rows."""
     names = [Text(f"{t}  {name}", overflow="ellipsis", no_wrap=True) for t, name in enumerate(tasks, start=1)]
     room = max(10, min(max(len(name.plain) for name in names), width // 3))
-    per_table = max(1, (width - room - 4) // 7)
+    per_table = max(1, (width - room) // 7)
     tables = []
     for start in range(0, len(tasks), per_table):
         columns = range(start, min(start + per_table, len(tasks)))
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, title_justify="left")
-        if start == 0:
-            table.title = "Accuracy after training a task (row) on each task (column)"
+        table = _table()
         table.add_column("after task", width=room, no_wrap=True)
         for u in columns:
             table.add_column(str(u + 1), justify="right", width=5)
-        for t, row in enumerate(matrix):
-            cells = [number(row[u]) if u < len(row) else "-" for u in columns]
-            table.add_row(names[t], *("" if u > t and c == "-" else c for u, c in zip(columns, cells, strict=True)))
+        for t, row in enumerate(matrix[start:], start=start):
+            values = [row[u] if u < len(row) else None for u in columns]
+            cells = ["" if u > t and v is None else number(v) for u, v in zip(columns, values, strict=True)]
+            table.add_row(names[t], *cells)
         tables.append(table)
     return tables
 
 
 def metrics_table(metrics: Mapping[str, float | None]) -> Table:
     """The five measures, each with what it means."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table = _table()
     table.add_column("measure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning", overflow="fold")
@@ -223,6 +227,10 @@ def plain(renderable: RenderableType, width: int = 80) -> str:
     return stream.getvalue()
 
 
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+
+
 def _pairs() -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -231,11 +239,11 @@ def _pairs() -> Table:
 
 
 def _task_table(tasks: Sequence[TaskInfo]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("task", overflow="ellipsis", no_wrap=True, max_width=30)
+    table = _table()
+    table.add_column("task", overflow="ellipsis", no_wrap=True, max_width=26)
     for name in ("classes", "train", "val"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("source", overflow="fold", max_width=26)
+    table.add_column("source", overflow="fold", max_width=30)
     for task in tasks:
         sizes = (f"{task.num_classes}", f"{task.num_train:,}", f"{task.num_val:,}")
         table.add_row(Text(task.name), *sizes, Text(task.source))

@@ -124,10 +124,17 @@ class Progress:
             named = {"tail": f"epoch {place.epoch}/{place.epochs}  {text}"} if text else {}
             self._live.update(self._phase_bar, completed=place.step, **named)
         elif self._lines and loss is not None:
-            self._say(lambda: f"{self._where()}  {_numbers(loss=loss, images_per_s=images_per_s)}{self._eta()}")
+            self._say(
+                lambda: f"{self._where()}  {_numbers(loss=loss, images_per_s=images_per_s)}{self._eta()}"
+            )
 
     def epoch(
-        self, epoch: int, *, loss: float | None = None, accuracy: float | None = None, leak: float | None = None
+        self,
+        epoch: int,
+        *,
+        loss: float | None = None,
+        accuracy: float | None = None,
+        leak: float | None = None,
     ) -> None:
         """An epoch has ended; ``loss`` and ``accuracy`` on the validation split."""
         text = _numbers(val_loss=loss, val_accuracy=accuracy, leak=leak)

@@ -39,7 +39,9 @@ class RunFolder:
 
     path: Path
     tasks: list[str] = field(default_factory=list)
-    matrix: list[list[float | None]] = field(default_factory=list)  # (T, T), rows of unfinished tasks all None
+    matrix: list[list[float | None]] = field(
+        default_factory=list
+    )  # (T, T), rows of unfinished tasks all None
     results: RunResults | None = None
     metrics: list[Record] = field(default_factory=list)
     memory: list[Record] = field(default_factory=list)
@@ -49,7 +51,9 @@ class RunFolder:
 
     @property
     def label(self) -> str:
-        return self.results.method if self.results else self.config.get("method", {}).get("name", self.path.name)
+        return (
+            self.results.method if self.results else self.config.get("method", {}).get("name", self.path.name)
+        )
 
 
 def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> RunFolder:
@@ -86,7 +90,9 @@ def read_curvature(file: Path) -> TaskCurvature:
         task=data["task"] if isinstance(data.get("task"), str) else f"task{index}",
         eigenvalues=values,
         residuals=data["residuals"] if _numbers(data.get("residuals"), len(values)) else [],
-        converged=converged if isinstance(converged, list) and len(converged) == len(values) else [True] * len(values),
+        converged=converged
+        if isinstance(converged, list) and len(converged) == len(values)
+        else [True] * len(values),
         memory_eigenvalues=data["memory_eigenvalues"] if _numbers(data.get("memory_eigenvalues")) else [],
         principal_angles=named,
         raw=data,
@@ -149,7 +155,11 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _numbers(values: Any, length: int | None = None) -> bool:
     """Whether ``values`` is a list (of ``length``, else not empty) of numbers."""
-    if not isinstance(values, list) or len(values) != (len(values) if length is None else length) or not values:
+    if (
+        not isinstance(values, list)
+        or len(values) != (len(values) if length is None else length)
+        or not values
+    ):
         return False
     return all(isinstance(value, (int, float)) for value in values)
 

@@ -9,7 +9,7 @@ from nostalgia.linalg.vector_space import VectorSpace
 
 
 class DenseOperator:
-    """``matrix`` (P, P) as the sum of the ranks' shares, as curvature is: a gather and a scatter a product."""
+    """``matrix`` (P, P) as the sum of the ranks' shares, like curvature: a gather and a scatter a product."""
 
     def __init__(self, matrix: Tensor, space: VectorSpace) -> None:
         share = torch.tensor_split(torch.arange(space.size), space.world_size)[space.rank]

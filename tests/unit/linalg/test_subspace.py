@@ -66,6 +66,22 @@ def test_orthonormalise_drops_what_adds_nothing(dtype):
     assert float(angles.max()) < 1e-3  # the direction kept at 1.1e-3 carries the rounding of its row
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearly_dependent_rows_come_out_orthonormal(dtype):
+    """Each row 3e-3 off the sum of the earlier ones: classical Gram-Schmidt done once fails here."""
+    space = make_space(dtype)
+    e = random_basis(20, space)
+    rows = [e[0]]
+    for i in range(1, 20):
+        inside = torch.stack(rows).sum(0)
+        rows.append(inside / inside.norm() + 3e-3 * e[i])
+    basis, kept = orthonormalise(torch.stack(rows), space)
+    assert kept.all()
+    assert_orthonormal(basis)
+    merged = merge_union([(torch.stack(rows), torch.ones(20))], 30, space)
+    assert_orthonormal(merged.basis)
+
+
 def test_orthonormalise_nothing():
     space = make_space()
     basis, kept = orthonormalise(space.zeros(0), space)
@@ -172,7 +188,9 @@ def test_principal_angles_at_both_ends(angle):
         (second, torch.stack([e[0], e[3], e[4]])),
     ):
         angles = principal_angles(first, other, space)
-        torch.testing.assert_close(angles, torch.tensor([0.0, angle], dtype=torch.float64), atol=3e-15, rtol=1e-12)
+        torch.testing.assert_close(
+            angles, torch.tensor([0.0, angle], dtype=torch.float64), atol=3e-15, rtol=1e-12
+        )
 
 
 @settings(max_examples=20, deadline=None)

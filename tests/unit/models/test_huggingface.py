@@ -1,4 +1,4 @@
-"""Hugging Face backbones: features by each model's convention, weights by path, and every way of not having them."""
+"""Hugging Face backbones: each model's own features, weights by path, every way of not having them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_network_without_image_processor_says_that_it_assumes_a_normalisation(
     assert caplog.text == ""
 
 
-# What is missing or wrong: one line, the right exit code, nothing random instead ----------------------------------
+# What is missing or wrong: one line, the right exit code, nothing random instead --------------------------
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -160,8 +160,12 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
 def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     save_classifier(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    lost = next(name for name in tensors if name.endswith("layer.1.intermediate.dense.weight"))  # the name in files
-    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    lost = next(
+        name for name in tensors if name.endswith("layer.1.intermediate.dense.weight")
+    )  # the name in files
+    save_file(
+        {k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(NotFoundError, match=r"layers\.1\.mlp\.fc1\.weight.*random") as error:
         load(tmp_path)
     one_line(error)

@@ -40,9 +40,7 @@ def scratch(kind: str = "vit", seed: int = 0, image_size: int | None = None, **c
     if kind == "resnet" and image_size is None:
         image_size = 32
     settings = {"model_type": kind, **CONFIGS[kind], **config}
-    return build_backbone(
-        framework="hf", pretrained=False, config=settings, image_size=image_size, seed=seed
-    )
+    return build_backbone(framework="hf", pretrained=False, config=settings, image_size=image_size, seed=seed)
 
 
 def resnet18(seed: int = 0) -> Backbone:

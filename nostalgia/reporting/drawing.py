@@ -1,0 +1,133 @@
+"""Which figures a run has, and drawing all that its files allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from nostalgia.evaluation import transfer
+from nostalgia.reporting import figures, figures_curvature, figures_training
+from nostalgia.reporting.figure_style import save
+from nostalgia.reporting.run_folder import RunFolder, TaskCurvature
+
+Drawer = Callable[[], Figure]
+
+
+@dataclass
+class Drawn:
+    """Paths of the figures that were made, and why the others could not be, by name."""
+
+    made: dict[str, Path] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def draw_run(run: RunFolder, folder: Path) -> Drawn:
+    """Draw every figure of ``run`` into ``folder``; what its files do not allow is skipped, with the reason."""
+    return _draw(run_drawers(run), folder)
+
+
+def draw_comparison(methods: Mapping[str, Sequence[RunFolder]], folder: Path) -> Drawn:
+    """Draw what compares methods (name -> runs with different seeds) over the same tasks."""
+    return _draw(comparison_drawers(methods), folder)
+
+
+def run_drawers(run: RunFolder) -> dict[str, Drawer]:
+    """By name, the functions that draw the figures of ``run``; they raise ValueError where they cannot."""
+    names = run.tasks
+    spectra = [as_spectrum(c) for c in run.curvature]
+    traces = [c.raw.get("trace") for c in run.curvature]
+    measured = "no accuracies"
+
+    def with_matrix(draw: Drawer) -> Drawer:
+        return lambda: draw() if run.matrix else _cannot(_why(run, measured, "results.json"))
+
+    return {
+        "accuracy_vs_task": with_matrix(lambda: figures.accuracy_vs_task(names, [run.matrix])),
+        "forgetting": with_matrix(lambda: figures.forgetting(names, {run.label: [run.matrix]})),
+        "average_accuracy": with_matrix(lambda: figures.average_accuracy(names, {run.label: [run.matrix]})),
+        "accuracy_matrix": with_matrix(lambda: figures.accuracy_matrix(names, [run.matrix])),
+        "train_loss": lambda: _because(run, "metrics.csv", lambda: figures_training.train_loss(run.metrics)),
+        "throughput": lambda: _because(run, "metrics.csv", lambda: figures_training.throughput(run.metrics)),
+        "projection": lambda: _because(run, "metrics.csv", lambda: figures_training.projection(run.metrics)),
+        "memory": lambda: _because(run, "memory.csv", lambda: figures_training.memory(run.memory)),
+        "spectrum": lambda: figures_curvature.spectrum(spectra),
+        "importance": lambda: figures_curvature.importance(spectra, traces),
+        "subspace_overlap": lambda: figures_curvature.subspace_overlap(*task_angles(run.curvature)),
+    }
+
+
+def comparison_drawers(methods: Mapping[str, Sequence[RunFolder]]) -> dict[str, Drawer]:
+    """As `run_drawers`, for methods side by side; all runs must have the same tasks."""
+    matrices = {name: [run.matrix for run in runs] for name, runs in methods.items()}
+    names = next(iter(methods.values()))[0].tasks
+    drawers: dict[str, Drawer] = {
+        "average_accuracy": lambda: figures.average_accuracy(names, matrices),
+        "forgetting": lambda: figures.forgetting(names, _with_history(matrices)),
+    }
+    for name, own in matrices.items():
+        drawers[f"accuracy_matrix_{name}"] = lambda own=own: figures.accuracy_matrix(names, own)  # type: ignore[misc]
+    return drawers
+
+
+def as_spectrum(curvature: TaskCurvature) -> figures_curvature.Spectrum:
+    density = curvature.raw.get("density")
+    known = isinstance(density, dict) and {"grid", "density"} <= set(density)
+    return figures_curvature.Spectrum(
+        task=curvature.task,
+        eigenvalues=curvature.eigenvalues,
+        residuals=curvature.residuals,
+        converged=curvature.converged,
+        density=(density["grid"], density["density"]) if known else None,
+    )
+
+
+def task_angles(
+    curvature: Sequence[TaskCurvature],
+) -> tuple[list[str], dict[tuple[int, int], list[float]]]:
+    """Names of the tasks and (earlier, later) -> principal angles; tasks may be named or numbered in the files."""
+    names = [c.task for c in curvature]
+    places = {name: i for i, name in enumerate(names)} | {str(c.index): i for i, c in enumerate(curvature)}
+    found = {
+        (places[early], late): angles
+        for late, c in enumerate(curvature)
+        for early, angles in c.principal_angles.items()
+        if places.get(early, late) < late
+    }
+    return names, found
+
+
+def _draw(drawers: Mapping[str, Drawer], folder: Path) -> Drawn:
+    drawn = Drawn()
+    for name, draw in drawers.items():
+        try:
+            figure = draw()
+        except ValueError as error:
+            drawn.skipped[name] = str(error)
+            continue
+        drawn.made[name] = save(figure, folder / f"{name}.png")
+    return drawn
+
+
+def _with_history(matrices: Mapping[str, list[transfer.Matrix]]) -> dict[str, list[transfer.Matrix]]:
+    """The methods for which forgetting is defined: joint training has no history."""
+    return {
+        name: own for name, own in matrices.items() if any(transfer.forgetting(m) is not None for m in own)
+    }
+
+
+def _because(run: RunFolder, file: str, draw: Drawer) -> Figure:
+    """``draw``, or the reason why its file could not be read."""
+    if file in run.problems:
+        raise ValueError(run.problems[file])
+    return draw()
+
+
+def _why(run: RunFolder, reason: str, file: str) -> str:
+    return f"{reason}: {run.problems[file]}" if file in run.problems else reason
+
+
+def _cannot(reason: str) -> Figure:
+    raise ValueError(reason)
