@@ -11,7 +11,7 @@ from torch import nn
 from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianOperator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
-from nostalgia.linalg.lanczos import Eigenpairs, Progress, lanczos
+from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, lanczos
 from nostalgia.linalg.vector_space import VectorSpace
 
 LossFn = Callable[[nn.Module, Batch], tuple]
@@ -58,7 +58,7 @@ def task_operator(
 
 
 def top_eigenpairs(
-    operator: BatchedOperator, options: CurvatureOptions, callback: Callable[[Progress], None] | None = None
+    operator: BatchedOperator, options: CurvatureOptions, callback: Callable[[LanczosProgress], None] | None = None
 ) -> Eigenpairs:
     return lanczos(
         operator,

@@ -67,13 +67,26 @@ def _cached(model_id: str) -> Path | None:
     return folder if (folder / "config.json").is_file() and _complete(folder) else None
 
 
+def check_weights(model_id: str, folder: Path) -> None:
+    """Raise NotFoundError unless ``folder`` holds all weights of ``model_id``."""
+    if not _complete(folder):
+        raise NotFoundError(
+            f"model.model_id={model_id}: no complete weights in {folder} (model.safetensors or "
+            "pytorch_model.bin, or an index with every file it names); a partial download: remove the folder "
+            "and get it again"
+        )
+
+
 def _complete(folder: Path) -> bool:
     """Whether ``folder`` holds weights, and each file that their index names."""
     for single, index in (("model.safetensors", SAFETENSORS[1]), ("pytorch_model.bin", PICKLED[1])):
         if (folder / single).is_file():
             return True
         if (folder / index).is_file():
-            parts = json.loads((folder / index).read_text())["weight_map"].values()
+            try:
+                parts = json.loads((folder / index).read_text())["weight_map"].values()
+            except (ValueError, KeyError, AttributeError):
+                return False
             return all((folder / part).is_file() for part in parts)
     return False
 

@@ -67,6 +67,7 @@ def build(
 def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None) -> Backbone:
     folder = hub.weights_folder(model_id)
     settings = _read_config(model_id, folder, config)
+    hub.check_weights(model_id, folder)
     model, missing = _load(model_id, folder, settings)
     size, mean, std = _processing(model_id, folder, settings, config)
     backbone = _backbone(model, settings, image_size or size, mean, std, model_id)
@@ -283,12 +284,7 @@ def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> tuple[nn.M
                 output_loading_info=True,
                 **_options(settings),
             )
-    except OSError as error:
-        raise NotFoundError(
-            f"model.model_id={model_id}: no readable weights in {folder} (model.safetensors or "
-            "pytorch_model.bin; a broken or partial download: remove the folder and get it again)"
-        ) from error
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotFoundError(
             f"model.model_id={model_id}: the weights in {folder} do not fit the network of its config.json "

@@ -30,12 +30,22 @@ class Probe:
     parameters: dict[str, Tensor]  # the meta stand-ins, by name
 
     def unused(self, features: Tensor) -> set[str]:
-        """Names of the parameters on which ``features`` (meta, with a graph) does not depend."""
-        wanted = {name: value for name, value in self.parameters.items() if value.requires_grad}
-        if not features.requires_grad:
-            return set(wanted)
-        gradients = torch.autograd.grad(features.sum(), list(wanted.values()), allow_unused=True)
-        return {name for name, gradient in zip(wanted, gradients, strict=True) if gradient is None}
+        """Names of the parameters on which ``features`` (meta, with a graph) does not depend.
+
+        Read off the graph: only what an accumulation node stands for would ever get a gradient.
+        """
+        reached: set[int] = set()
+        seen: set[Any] = set()
+        nodes = [features.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                reached.add(id(node.variable))
+            nodes.extend(following for following, _ in node.next_functions)
+        return {name for name, value in self.parameters.items() if id(value) not in reached}
 
 
 def probe(module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any], image_size: int) -> Probe:

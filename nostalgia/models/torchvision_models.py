@@ -156,7 +156,7 @@ def _load(
     """Fill ``model`` from ``file``, else from ``weights``; every tensor must be there and fit."""
     source = f"model.model_id={file}" if file is not None else f"weights of {arch}"
     state = _read(file, source) if file is not None else _download(arch, weights)
-    # Which version of its modules a file is of; some networks rename old tensors by it, MNASNet insists on it.
+    # The versions of a file's modules: some networks rename old tensors by them, MNASNet insists on them.
     versions = getattr(state, "_metadata", None) or model.state_dict()._metadata  # type: ignore[attr-defined]
     if arch.startswith("vit_") and "encoder.pos_embedding" in state:
         state = _interpolated(state, image_size, model.patch_size, source)  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ class FailureWatch:
 
     def __init__(self) -> None:
         self._store: dist.Store | None = None
+        self._stopped = threading.Event()
         self.rank = 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank = dist.get_rank()
@@ -62,6 +63,10 @@ class FailureWatch:
             time.sleep(0.1)
         return None
 
+    def stop(self) -> None:
+        """The run is over: a rank that ends now is not one that failed."""
+        self._stopped.set()
+
     def _read(self) -> Failure | None:
         assert self._store is not None
         try:
@@ -72,8 +77,7 @@ class FailureWatch:
             return None
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(POLL_SECONDS)
+        while not self._stopped.wait(POLL_SECONDS):
             failure = self._read()
             if failure is not None and failure.rank != self.rank:
                 time.sleep(GRACE_SECONDS)

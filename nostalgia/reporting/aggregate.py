@@ -62,14 +62,24 @@ def by_method(runs: Iterable[RunFolder]) -> list[MethodRow]:
     ]
 
 
-def check_same_tasks(runs: Sequence[RunFolder]) -> str | None:
-    """What is wrong with putting ``runs`` side by side, in one line; None where they have the same tasks."""
-    first = runs[0]
-    for run in runs[1:]:
-        if run.tasks != first.tasks:
-            names = f"{', '.join(first.tasks)[:60]} and {', '.join(run.tasks)[:60]}"
-            return f"the runs have different tasks ({names}): their numbers do not compare"
-    return None
+def same_tasks(runs: Sequence[RunFolder]) -> bool:
+    return all(run.tasks == runs[0].tasks for run in runs)
+
+
+def doubts(rows: Sequence[MethodRow]) -> list[str]:
+    """What speaks against putting the runs of ``rows`` side by side, a line each."""
+    found = []
+    runs = [run for row in rows for run in row.runs]
+    other = next((run for run in runs if run.tasks != runs[0].tasks), None)
+    if other is not None:
+        names = f"{', '.join(runs[0].tasks)[:60]} and {', '.join(other.tasks)[:60]}"
+        found.append(f"the runs have different tasks ({names}): their numbers do not compare")
+    for row in rows:
+        if len(set(row.seeds)) < len(row.seeds):
+            found.append(
+                f"{row.method}: several runs have the same seed; they are averaged as if they were seeds"
+            )
+    return found
 
 
 def summarise(values: Sequence[float | None]) -> Value | None:

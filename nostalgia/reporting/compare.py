@@ -20,8 +20,9 @@ from nostalgia.reporting.aggregate import (
     MethodRow,
     Value,
     by_method,
-    check_same_tasks,
+    doubts,
     read_finished,
+    same_tasks,
 )
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
 from nostalgia.reporting.streams import make_console
@@ -54,15 +55,14 @@ def compare(paths: Sequence[Path], console: Console, figures: Path | None = None
     if any(len(row.seeds) > 1 for row in rows):
         console.print("±       standard deviation over seeds (n - 1)", style="dim")
     console.print()
-    trouble = check_same_tasks(runs)
-    if trouble:
-        console.print(f"note: {trouble}", highlight=False, markup=False, soft_wrap=True)
+    for doubt in doubts(rows):
+        console.print(f"note: {doubt}", highlight=False, markup=False, soft_wrap=True)
     for run in runs:
         for name in ("report.html", "figures"):
             path = run.path / "results" / name
             if path.exists():
                 console.print(f"{name:<12} {shown(path)}", highlight=False, markup=False, soft_wrap=True)
-    if figures is not None and trouble is None:
+    if figures is not None and same_tasks(runs):
         _draw(rows, figures, console)
     return rows
 
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nostalgia.reporting.compare",
         description="Put finished runs side by side; runs of the same method are seeds of one row.",
-        epilog="example: python -m nostalgia.reporting.compare runs/demo/2025-01-01_12-00-00 runs/finetune/latest",
+        epilog="example: python -m nostalgia.reporting.compare runs/demo/latest runs/demo-finetune/latest",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a finished run")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the comparison into this folder")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 
-from nostalgia.evaluation import transfer
 from nostalgia.reporting import figures, figures_curvature, figures_training
 from nostalgia.reporting.figure_style import save
 from nostalgia.reporting.run_folder import RunFolder, TaskCurvature
@@ -25,7 +25,7 @@ class Drawn:
 
 
 def draw_run(run: RunFolder, folder: Path) -> Drawn:
-    """Draw every figure of ``run`` into ``folder``; what its files do not allow is skipped, with the reason."""
+    """Draw every figure of ``run`` into ``folder``; what its files do not allow is skipped."""
     return _draw(run_drawers(run), folder)
 
 
@@ -48,7 +48,7 @@ def run_drawers(run: RunFolder) -> dict[str, Drawer]:
         "accuracy_vs_task": with_matrix(lambda: figures.accuracy_vs_task(names, [run.matrix])),
         "forgetting": with_matrix(lambda: figures.forgetting(names, {run.label: [run.matrix]})),
         "average_accuracy": with_matrix(lambda: figures.average_accuracy(names, {run.label: [run.matrix]})),
-        "accuracy_matrix": with_matrix(lambda: figures.accuracy_matrix(names, [run.matrix])),
+        "accuracy_matrix": with_matrix(lambda: figures.accuracy_matrix(names, [run.matrix], run.method)),
         "train_loss": lambda: _because(run, "metrics.csv", lambda: figures_training.train_loss(run.metrics)),
         "throughput": lambda: _because(run, "metrics.csv", lambda: figures_training.throughput(run.metrics)),
         "projection": lambda: _because(run, "metrics.csv", lambda: figures_training.projection(run.metrics)),
@@ -65,29 +65,30 @@ def comparison_drawers(methods: Mapping[str, Sequence[RunFolder]]) -> dict[str, 
     names = next(iter(methods.values()))[0].tasks
     drawers: dict[str, Drawer] = {
         "average_accuracy": lambda: figures.average_accuracy(names, matrices),
-        "forgetting": lambda: figures.forgetting(names, _with_history(matrices)),
+        "forgetting": lambda: figures.forgetting(names, matrices),
     }
     for name, own in matrices.items():
-        drawers[f"accuracy_matrix_{name}"] = lambda own=own: figures.accuracy_matrix(names, own)  # type: ignore[misc]
+        drawers[f"accuracy_matrix_{name}"] = lambda name=name, own=own: figures.accuracy_matrix(
+            names, own, name
+        )  # type: ignore[misc]
     return drawers
 
 
 def as_spectrum(curvature: TaskCurvature) -> figures_curvature.Spectrum:
     density = curvature.raw.get("density")
-    known = isinstance(density, dict) and {"grid", "density"} <= set(density)
     return figures_curvature.Spectrum(
         task=curvature.task,
         eigenvalues=curvature.eigenvalues,
         residuals=curvature.residuals,
         converged=curvature.converged,
-        density=(density["grid"], density["density"]) if known else None,
+        density=(density["grid"], density["density"]) if _is_density(density) else None,
     )
 
 
 def task_angles(
     curvature: Sequence[TaskCurvature],
 ) -> tuple[list[str], dict[tuple[int, int], list[float]]]:
-    """Names of the tasks and (earlier, later) -> principal angles; tasks may be named or numbered in the files."""
+    """Names of the tasks and (earlier, later) -> principal angles; the files name or number tasks."""
     names = [c.task for c in curvature]
     places = {name: i for i, name in enumerate(names)} | {str(c.index): i for i, c in enumerate(curvature)}
     found = {
@@ -97,6 +98,10 @@ def task_angles(
         if places.get(early, late) < late
     }
     return names, found
+
+
+def _is_density(value: Any) -> TypeGuard[dict[str, list[float]]]:
+    return isinstance(value, dict) and {"grid", "density"} <= set(value)
 
 
 def _draw(drawers: Mapping[str, Drawer], folder: Path) -> Drawn:
@@ -109,13 +114,6 @@ def _draw(drawers: Mapping[str, Drawer], folder: Path) -> Drawn:
             continue
         drawn.made[name] = save(figure, folder / f"{name}.png")
     return drawn
-
-
-def _with_history(matrices: Mapping[str, list[transfer.Matrix]]) -> dict[str, list[transfer.Matrix]]:
-    """The methods for which forgetting is defined: joint training has no history."""
-    return {
-        name: own for name, own in matrices.items() if any(transfer.forgetting(m) is not None for m in own)
-    }
 
 
 def _because(run: RunFolder, file: str, draw: Drawer) -> Figure:

@@ -24,7 +24,7 @@ GREY = "0.45"
 NAMED_LINES = 10  # more lines than these get a scale of colours instead of a legend
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
@@ -115,7 +115,7 @@ def text_color(rgba: Sequence[float]) -> str:
 
 
 def short(name: str, limit: int = 18) -> str:
-    """``name`` in at most ``limit`` characters, its middle left out: the number and the ending tell tasks apart."""
+    """``name`` in at most ``limit`` characters, its middle left out: both ends tell tasks apart."""
     if len(name) <= limit:
         return name
     tail = (limit - 1) // 2

@@ -1,12 +1,14 @@
-"""The figures of accuracies and forgetting. Several seeds of a method are drawn as mean with standard deviation.
+"""Figures of accuracies and forgetting; several seeds are drawn as mean with standard deviation.
 
-A ``matrix`` is that of `evaluation.transfer`; ``matrices`` are those of several seeds over the same tasks. All
-functions return a matplotlib figure and raise ValueError, with the reason in one line, where it cannot be drawn.
+A ``matrix`` is that of `evaluation.transfer`; ``matrices`` are those of several seeds over the same tasks.
+All functions return a matplotlib figure and raise ValueError, with the reason in one line, where it cannot be
+drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -91,7 +93,7 @@ def forgetting(tasks: Sequence[str], methods: Mapping[str, Matrices]) -> Figure:
     return figure
 
 
-def accuracy_matrix(tasks: Sequence[str], matrices: Matrices) -> Figure:
+def accuracy_matrix(tasks: Sequence[str], matrices: Matrices, method: str = "") -> Figure:
     """The accuracy matrix as a heat map with its numbers (mean and standard deviation of several seeds)."""
     values = _stack(matrices)
     _need(np.isfinite(values).any(), "no accuracy was measured")
@@ -102,7 +104,7 @@ def accuracy_matrix(tasks: Sequence[str], matrices: Matrices) -> Figure:
         figure = new_figure(side + 0.9, max(side - 0.3, 2.6))
         axes = figure.add_subplot()
         heat_map(axes, mean, std if len(matrices) > 1 else None, colorbar="validation accuracy (fraction)")
-        axes.set_title(_titled("Accuracy matrix", len(matrices)))
+        axes.set_title(_titled(f"Accuracy matrix{method and f' of {method}'}", len(matrices)))
         _name_both_axes(axes, tasks)
         axes.set_xlabel("evaluated on task")
         axes.set_ylabel("after training task")
@@ -129,8 +131,8 @@ def heat_map(
         text = f"{value:.{digits}f}"
         text = text if count <= 6 else text.replace("0.", ".", 1)
         if spread is not None and np.isfinite(spread[row, column]) and count <= 12:
-            text += f"\n±{spread[row, column]:.{digits}f}".replace("±0.", "±.")
-        color = text_color(image.cmap(image.norm(value)))
+            text += f"\n±{spread[row, column]:.{digits}f}"
+        color = text_color(colormap(float((value - limits[0]) / (limits[1] - limits[0]))))
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color, linespacing=0.95)
     axes.grid(False)
     for side in axes.spines.values():
@@ -145,7 +147,9 @@ def _name_both_axes(axes: Axes, tasks: Sequence[str]) -> None:
     count = len(tasks)
     named = count <= 10
     axes.set_yticks(range(count), [_label(t, n) if named else str(t + 1) for t, n in enumerate(tasks)])
-    rotated = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
+    rotated: dict[str, Any] = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
+    )
     axes.set_xticks(
         range(count), [_label(t, n) if named else str(t + 1) for t, n in enumerate(tasks)], **rotated
     )
@@ -166,8 +170,13 @@ def _method_curves(
         figure = new_figure(6.0 if len(curves) > 1 else 5.6, 3.4)
         axes = figure.add_subplot()
         for i, (name, values) in enumerate(curves.items()):
+            if not np.isfinite(values).any():
+                continue
             named = {"label": f"{name} (n = {len(values)})" if len(values) > 1 else name}
-            _errorbar(axes, np.arange(1, len(tasks) + 1), values, **named, **line_style(i, len(curves)))
+            aside = 0.05 * (i - (len(curves) - 1) / 2)  # so that error bars do not hide one another
+            _errorbar(
+                axes, np.arange(1, len(tasks) + 1) + aside, values, **named, **line_style(i, len(curves))
+            )
         seeds = max(len(values) for values in curves.values())
         axes.set_title(_titled(title, seeds))
         axes.set_ylabel(label)
@@ -199,7 +208,7 @@ def _task_forgetting_lines(axes: Axes, tasks: Sequence[str], matrices: Matrices)
             )
 
 
-def _errorbar(axes: Axes, x: np.ndarray, values: np.ndarray, **look: object) -> None:
+def _errorbar(axes: Axes, x: np.ndarray, values: np.ndarray, **look: Any) -> None:
     """Mean over seeds of ``values`` (S, T), with the standard deviation where there are several."""
     mean, std = _mean_std(values)
     known = np.isfinite(mean)
@@ -224,11 +233,11 @@ def _stack(matrices: Matrices) -> np.ndarray:
     return np.stack(arrays)
 
 
-def _per_row(matrices: Matrices, measure: object) -> np.ndarray:
+def _per_row(matrices: Matrices, measure: Callable[[transfer.Matrix], list[float | None]]) -> np.ndarray:
     """(S, T) of a measure that gives one value a finished task."""
     rows = np.full((len(matrices), len(matrices[0])), np.nan)
     for i, matrix in enumerate(matrices):
-        for t, value in enumerate(measure(matrix)):  # type: ignore[operator]
+        for t, value in enumerate(measure(matrix)):
             rows[i, t] = np.nan if value is None else value
     return rows
 

@@ -1,9 +1,10 @@
-"""Figures of curvature: spectra of finished tasks, angles between their eigenspaces. Interface as in `figures`."""
+"""Figures of curvature: spectra of tasks, angles between their eigenspaces. Interface as in `figures`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ class Spectrum:
 
 
 def spectrum(tasks: Sequence[Spectrum]) -> Figure:
-    """Eigenvalues of each task with their residuals and the rank cut; the densities, where estimated, beside."""
+    """Eigenvalues of each task with residuals and the rank cut; the densities, where estimated, beside."""
     usable = [task for task in tasks if len(task.eigenvalues)]
     if not usable:
         raise ValueError("no eigenvalues were computed (curvature/ is empty)")
@@ -49,9 +50,10 @@ def spectrum(tasks: Sequence[Spectrum]) -> Figure:
 
 
 def subspace_overlap(tasks: Sequence[str], angles: Mapping[tuple[int, int], Sequence[float]]) -> Figure:
-    """How far the eigenspaces of tasks share directions; ``angles``: (earlier, later) -> principal angles (radians).
+    """How far tasks' eigenspaces share directions; ``angles``: (earlier, later) -> principal angles, radians.
 
-    Left: mean squared cosine of each pair. Right: the angles themselves, of neighbouring tasks where there are many.
+    Left: mean squared cosine of each pair. Right: the angles themselves, of neighbouring tasks where there
+    are many.
     """
     known = {pair: np.asarray(a, dtype=float) for pair, a in angles.items() if len(a)}
     if not known:
@@ -73,7 +75,7 @@ def subspace_overlap(tasks: Sequence[str], angles: Mapping[tuple[int, int], Sequ
 
 
 def importance(tasks: Sequence[Spectrum], traces: Sequence[float | None]) -> Figure:
-    """How much of a task's curvature its first i eigenpairs hold: of the trace where it is known, else of the top k."""
+    """Share of a task's curvature in its first i eigenpairs: of the trace where known, else of the top k."""
     usable = [
         (task, trace)
         for task, trace in zip(tasks, traces, strict=True)
@@ -125,7 +127,7 @@ def _eigenvalue_panel(axes: Axes, tasks: Sequence[Spectrum]) -> None:
     rank = max(len(task.eigenvalues) for task in tasks)
     axes.axvline(rank + 0.5, color=GREY, lw=1.0, ls="--")
     axes.set_xlim(0, rank * 1.08 + 1.5)
-    note = {"rotation": 90, "va": "top", "ha": "left", "fontsize": 7.5, "color": "0.3"}
+    note: dict[str, Any] = {"rotation": 90, "va": "top", "ha": "left", "fontsize": 7.5, "color": "0.3"}
     axes.text(rank * 1.015 + 0.7, 0.98, f"rank cut, k = {rank}", transform=axes.get_xaxis_transform(), **note)
     axes.set_xlabel("number of the eigenvalue")
     axes.set_ylabel("eigenvalue λ (loss / parameter²)")
@@ -151,7 +153,9 @@ def _name_pairs(axes: Axes, tasks: Sequence[str]) -> None:
     named = count <= 8
     columns = [short(name, 14) if named else str(u) for u, name in enumerate(tasks[:-1], start=1)]
     rows = [short(name, 14) if named else str(t) for t, name in enumerate(tasks[1:], start=2)]
-    rotated = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
+    rotated: dict[str, Any] = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
+    )
     axes.set_xticks(range(count - 1), columns, **rotated)
     axes.set_yticks(range(count - 1), rows)
     axes.set_xlabel("earlier task")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +38,14 @@ def train_loss(metrics: Sequence[Record]) -> Figure:
             axes.plot(warmup[:, 0], warmup[:, 1], ls="", marker=".", ms=3, color=GREY, label="head warm-up")
         validation = _points(metrics, "val", "loss")
         if len(validation):
-            look = {"ls": "", "marker": "D", "ms": 3.2, "mfc": "white", "mec": "black", "mew": 0.8}
+            look: dict[str, Any] = {
+                "ls": "",
+                "marker": "D",
+                "ms": 3.2,
+                "mfc": "white",
+                "mec": "black",
+                "mew": 0.8,
+            }
             axes.plot(validation[:, 0], validation[:, 1], label="validation", **look)
         shown = np.concatenate([part[:, 1] for part in (train, warmup, validation) if len(part)])
         if shown.min() > 0 and shown.max() > 100 * shown.min():

@@ -1,4 +1,4 @@
-"""Where the run is: one live display on a terminal, plain lines now and then elsewhere, silence on other ranks."""
+"""Where the run is: one live display on a terminal, plain lines elsewhere, silence on other ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -121,7 +122,7 @@ class Progress:
         place.epoch = (place.step - 1) // max(place.steps_per_epoch, 1) + 1
         if self._live is not None and self._phase_bar is not None:
             text = _numbers(loss=loss, images_per_s=images_per_s)
-            named = {"tail": f"epoch {place.epoch}/{place.epochs}  {text}"} if text else {}
+            named: dict[str, Any] = {"tail": f"epoch {place.epoch}/{place.epochs}  {text}"} if text else {}
             self._live.update(self._phase_bar, completed=place.step, **named)
         elif self._lines and loss is not None:
             self._say(
@@ -142,8 +143,8 @@ class Progress:
         if self._live is not None and self._phase_bar is not None:
             self._live.update(self._phase_bar, tail=f"epoch {epoch}/{place.epochs}  {text}")
         elif self._lines:
-            heading = f"task {place.task}/{self.total_tasks} {place.name}  {place.label} epoch {epoch}/{place.epochs}"
-            self._say(lambda: f"{heading} done  {text}".rstrip() + self._eta(), always=True)
+            heading = f"{self._head()}  {place.label} epoch {epoch}/{place.epochs} done"
+            self._say(lambda: f"{heading}  {text}".rstrip() + self._eta(), always=True)
 
     @contextmanager
     def eigensolve(self, wanted: int, label: str = "eigenpairs") -> Iterator[Eigensolve]:
@@ -178,7 +179,8 @@ class Progress:
 
     def _where(self) -> str:
         place = self._place
-        return f"{self._head()}  {place.label} epoch {place.epoch}/{place.epochs} step {place.step}/{place.total}"
+        epoch, step = f"{place.epoch}/{place.epochs}", f"{place.step}/{place.total}"
+        return f"{self._head()}  {place.label} epoch {epoch} step {step}"
 
     def _eta(self) -> str:
         left = self._place.seconds_left(self._clock())

@@ -54,11 +54,12 @@ class RunResults:
         size = len(tasks)
         matrix = [[*row, *[None] * (size - len(row))] for row in accuracy_matrix]
         matrix += [[None] * size for _ in range(size - len(matrix))]
+        numbers = measures(matrix, before_accuracies, baseline_accuracies)
         return cls(
             tasks=list(tasks),
             classes=[list(names) for names in classes],
             accuracy_matrix=matrix,
-            **measures(matrix, before_accuracies, baseline_accuracies),
+            **numbers,
             before_accuracies=None if before_accuracies is None else list(before_accuracies),
             baseline_accuracies=None if baseline_accuracies is None else list(baseline_accuracies),
             **rest,
@@ -76,7 +77,7 @@ class RunResults:
 
 def measures(
     matrix: transfer.Matrix, before: transfer.Row | None = None, baseline: transfer.Row | None = None
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The five measures by name; definitions in `evaluation.transfer`."""
     return {
         "acc": transfer.acc(matrix),

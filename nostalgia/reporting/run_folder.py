@@ -17,6 +17,7 @@ from nostalgia.reporting.files import read_json, read_text
 from nostalgia.reporting.results import MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 @dataclass
@@ -50,10 +51,15 @@ class RunFolder:
     problems: dict[str, str] = field(default_factory=dict)  # name of the file -> why it could not be read
 
     @property
+    def method(self) -> str:
+        """The method's name, empty where no file tells it."""
+        group = self.config.get("method")
+        configured = group.get("name", "") if isinstance(group, dict) else ""
+        return self.results.method if self.results else str(configured)
+
+    @property
     def label(self) -> str:
-        return (
-            self.results.method if self.results else self.config.get("method", {}).get("name", self.path.name)
-        )
+        return self.method or self.path.name
 
 
 def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> RunFolder:
@@ -76,7 +82,7 @@ def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = 
 
 
 def read_curvature(file: Path) -> TaskCurvature:
-    """Read curvature/task<i>.json; raises NotFoundError where it is missing, damaged or without eigenvalues."""
+    """Read curvature/task<i>.json; raises NotFoundError where it is damaged or has no eigenvalues."""
     data = read_json(file)
     if not isinstance(data, dict) or not _numbers(data.get("eigenvalues")):
         raise NotFoundError(f"{file}: no list of eigenvalues")
@@ -100,12 +106,13 @@ def read_curvature(file: Path) -> TaskCurvature:
 
 
 def matrix_from_metrics(metrics: list[Record]) -> tuple[list[str], list[list[float | None]]]:
-    """Names and matrix as far as a run came, from the ``eval`` rows of its metrics (one block a finished task)."""
+    """Names and matrix as far as a run came, from the ``eval`` rows of its metrics (a block a task)."""
     blocks: dict[float, dict[str, float]] = {}
     for row in metrics:
         if row.get("split") == "eval" and row.get("task") and row.get("accuracy") is not None:
             blocks.setdefault(row["step"], {})[row["task"]] = row["accuracy"]
-    tasks = list(max(blocks.values(), key=len)) if blocks else []
+    longest: dict[str, float] = max(blocks.values(), key=len, default={})
+    tasks = list(longest)
     size = len(tasks)
     matrix: list[list[float | None]] = [[None] * size for _ in range(size)]
     for block in blocks.values():
@@ -114,21 +121,23 @@ def matrix_from_metrics(metrics: list[Record]) -> tuple[list[str], list[list[flo
 
 
 def _read_matrix(run: RunFolder) -> None:
-    """The accuracy matrix from the best file there is: results.json, its CSV, the metrics, the final accuracies."""
+    """The accuracy matrix from the best file there is: results, its CSV, the metrics, final accuracies."""
     folder = run.path / "results"
     run.results = _attempt(run, folder / RESULTS, read_results, None)
     if run.results is not None:
         run.tasks, run.matrix = run.results.tasks, run.results.accuracy_matrix
         return
     if (folder / MATRIX).exists():
-        run.tasks, run.matrix = _attempt(run, folder / MATRIX, read_matrix_csv, ([], []))
+        found = _attempt(run, folder / MATRIX, read_matrix_csv, None)
+        run.tasks, run.matrix = found if found is not None else ([], [])
     if not run.tasks:
         run.tasks, run.matrix = matrix_from_metrics(run.metrics)
     if not run.tasks and (folder / PER_TASK).exists():
         final = _attempt(run, folder / PER_TASK, read_json, None)
-        if _numbers(final):
+        if isinstance(final, list) and _numbers(final):
             run.tasks = [f"task{u}" for u in range(1, len(final) + 1)]
-            run.matrix = [*([None] * len(final) for _ in final[1:]), final]
+            run.matrix = [[None] * len(final)] * (len(final) - 1)
+            run.matrix.append(final)
 
 
 def finished_tasks(run: RunFolder) -> int:
@@ -136,7 +145,7 @@ def finished_tasks(run: RunFolder) -> int:
     return len(transfer.finished_rows(run.matrix))
 
 
-def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: T) -> T:
+def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: D) -> T | D:
     try:
         return read(file)
     except NotFoundError as error:

@@ -74,7 +74,7 @@ class RunLog:
         images_per_s: float | None = None,
         split: str = "train",
     ) -> None:
-        """A logged step; ``split`` is ``warmup`` while only the head trains; ``grad_norm`` before clipping."""
+        """A logged step; ``split`` is ``warmup`` while only the head trains; ``grad_norm`` unclipped."""
         values = {
             f"{split}/loss": loss,
             f"{split}/accuracy": accuracy,
@@ -120,7 +120,7 @@ class RunLog:
 
         ``split`` is ``before`` for a task measured just before its training.
         """
-        per_task = zip(tasks, accuracies, losses or [None] * len(tasks), strict=True)
+        per_task = zip(tasks, accuracies, losses if losses is not None else [None] * len(tasks), strict=True)
         for task, accuracy, loss in per_task:
             values = {f"{split}/accuracy/{task}": accuracy, f"{split}/loss/{task}": loss}
             self._log(values, step, {"task": task, "split": split, "accuracy": accuracy, "loss": loss})
@@ -157,7 +157,7 @@ class RunLog:
         per_rank = self.accelerator.gather(sample).tolist()
         if self._memory is None:
             return
-        values = {}
+        values: dict[str, float] = {}
         try:
             for rank, (gpu, cpu) in enumerate(per_rank):
                 row = {"time": round(time.time(), 2), "step": step, "rank": rank}

@@ -48,7 +48,7 @@ class ForgivingStream:
 
 
 def make_console(quiet: bool = False, stream: TextIO | None = None, width: int | None = None) -> Console:
-    """A rich console on standard output (or ``stream``); where it is not a terminal, 100 columns without colour."""
+    """A rich console on standard output (or ``stream``); 100 columns where that is not a terminal."""
     target = ForgivingStream(stream if stream is not None else sys.stdout)
     if width is None and not target.isatty() and "COLUMNS" not in os.environ:
         width = 100

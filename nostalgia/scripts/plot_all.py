@@ -2,8 +2,8 @@
 
     python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results
 
-writes results/figures/*.png, and says which figures could not be made and why. Exit codes: 0 done, 2 wrong usage or
-a folder that cannot be written, 3 no such run or log file, or nothing in it to draw.
+writes results/figures/*.png, and says which figures could not be made and why. Exit codes: 0 done, 2 wrong
+usage or a folder that cannot be written, 3 no such run or log file, or nothing in it to draw.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plot_all(results_dir: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> Drawn:
     """Draw into ``results_dir``/figures; the run folder is the parent of ``results_dir``.
 
-    Raises NotFoundError where there is no such folder or file, or nothing in it to draw; UsageError where the figures
-    cannot be written.
+    Raises NotFoundError where there is no such folder or file, or nothing in it to draw; UsageError where the
+    figures cannot be written.
     """
     for given in (log_csv, mem_csv):
         if given is not None and not given.is_file():

@@ -74,6 +74,8 @@ class Phase:
     projected: tuple[str, ...] = ()  # names of the projected parameters within the backbone
     log_every: int = 50
     max_steps_per_epoch: int | None = None
+    guard: Callable[[dict[str, torch.Tensor], str], None] | None = None  # checks that ranks agree
+    guard_every: int = 0
     frozen_backbone: bool = False  # head warm-up: the backbone in evaluation mode
     where: str = ""  # prefix of error lines: "task 2 (task2_digits)"
     _clock: float = field(default=0.0, init=False)
@@ -123,6 +125,8 @@ def run_phase(model: TaskModel, loader: TaskLoader, phase: Phase) -> TaskModel:
             phase._images += result.num_samples
             record = make_record(phase, taken, epoch, lr, result) if log else None
             phase.observer.step_taken(taken, record)
+            if phase.guard is not None and phase.guard_every and taken % phase.guard_every == 0:
+                phase.guard(dict(parameters), f"{phase.where}, epoch {epoch}, step {taken}")
         phase.observer.epoch_finished(epoch, taken, wrapped, rule.leak())
     trained = bare_module(wrapped)
     accelerator.free_memory()

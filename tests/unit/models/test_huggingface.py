@@ -152,6 +152,31 @@ def test_a_hub_id_that_cannot_be_had_says_where_it_was_looked_for(tmp_path, monk
     assert "hf download google/vit-base-patch16-224" in message
 
 
+def cache_as_the_hub_does(cache: Path, model_id: str) -> Path:
+    """The snapshot folder of a model in an empty hub cache."""
+    repository = cache / f"models--{model_id.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def test_the_hubs_cache_is_asked_before_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = cache_as_the_hub_does(tmp_path, "someone/tiny-vit")
+    save_classifier(folder)
+    assert load("someone/tiny-vit").feature_dim == 16
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(NotFoundError, match="partial download"):
+        load("someone/tiny-vit")
+
+
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
     with pytest.raises(NotFoundError, match="no such folder"):
         load(tmp_path / "nothing")

@@ -1,0 +1,67 @@
+"""Follows one phase of training: progress display, metrics, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from nostalgia.evaluation.accuracy import Score
+from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.run_log import RunLog
+from nostalgia.training.loop import StepRecord
+
+
+@dataclass
+class PhaseObserver:
+    """Hands what a phase tells to the display and the log; ``start_step`` counts the run's steps before it."""
+
+    progress: Progress
+    log: RunLog
+    task: str
+    start_step: int
+    label: str = "train"  # train or warmup
+    validate: Callable[[nn.Module], Score] | None = None
+    record: bool = True  # whether the phase is part of the run, or a measurement beside it
+    steps: int = 0
+    leak: float | None = None
+
+    def phase_started(self, epochs: int, steps_per_epoch: int) -> None:
+        self.progress.phase(epochs, steps_per_epoch, self.label)
+
+    def step_taken(self, step: int, record: StepRecord | None) -> None:
+        self.steps = step
+        if record is None:
+            self.progress.step()
+            return
+        self.progress.step(record.loss, record.images_per_s)
+        if self.record:
+            self.log.train_step(
+                step=self.start_step + step,
+                task=self.task,
+                epoch=record.epoch,
+                loss=record.loss,
+                accuracy=record.accuracy,
+                lr=record.lr,
+                grad_norm=record.grad_norm,
+                projected_fraction=record.projected_fraction,
+                images_per_s=record.images_per_s,
+                split=self.label,
+            )
+
+    def epoch_finished(self, epoch: int, step: int, model: nn.Module, leak: float | None) -> None:
+        self.leak = leak
+        if self.validate is None:
+            return
+        score = self.validate(model)
+        self.progress.epoch(epoch, loss=score.loss, accuracy=score.accuracy, leak=leak)
+        self.log.validation(
+            step=self.start_step + step,
+            task=self.task,
+            epoch=epoch,
+            loss=score.loss,
+            accuracy=score.accuracy,
+            leak=leak,
+        )
+        self.log.memory(self.start_step + step)
