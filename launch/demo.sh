@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The demo: the method, then plain fine-tuning, on two processes (or all GPUs), and both side by side.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${OUTPUT_DIR:-runs}
+"$here/launch/ddp.sh" --suite demo --quiet experiment.output_dir="$out/demo" "$@"
+"$here/launch/ddp.sh" --suite demo --quiet experiment.output_dir="$out/demo-finetune" method=finetune "$@"
+PYTHONPATH="$here" python -m nostalgia.reporting.compare "$out/demo/latest" "$out/demo-finetune/latest"
