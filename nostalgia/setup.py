@@ -22,7 +22,7 @@ from nostalgia.data.tasks import Task, build_tasks, expand_specs
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Finetune, Joint, Method, Nostalgia
-from nostalgia.models import Backbone, attach_lora, build_backbone
+from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.coordination import agree, main_first, on_main
@@ -121,6 +121,10 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
     backbone = agree(accelerator, lambda: make_backbone(config))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
+    if config.model.norm_statistics == "frozen":
+        norm_statistics.freeze(backbone)
+    elif strategy(accelerator) == "ddp" and accelerator.device.type == "cuda" and norm_statistics.has_batch_norm(backbone):
+        norm_statistics.synchronise(backbone)
     projected = projected_parameters(backbone, config.nostalgia.project_params)
     placement = "sharded" if strategy(accelerator) == "fsdp2" else "auto"
     if placement == "sharded":

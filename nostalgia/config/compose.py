@@ -172,7 +172,9 @@ def _translate(word: str) -> str:
     if value in _options(key.lstrip("+~")) or (key == "suite" and value == "null"):
         return word
     if key == "dataset":
-        return "dataset.name=" + "'" + value.strip("'\"").replace("\\", "\\\\").replace("'", "\\'") + "'"
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        return "dataset.name=" + "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     options = _options(key.lstrip("+~"))
     raise UsageError(f"unknown {key.lstrip('+~')} {value!r}{_nearest(value, options)}; there are {', '.join(options)}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf reads these at run time
+from typing import Any
 
 
 @dataclass
@@ -11,9 +11,9 @@ class ExperimentConfig:
     name: str = "nostalgia"
     seed: int = 0
     """Seeds the weights, the data order, the class order of split=classes and the eigensolver."""
-    tasks: Optional[List[Any]] = None
+    tasks: list[Any] | None = None
     """Task list in order: data set names, or {dataset:, classes:, transform:}."""
-    num_tasks: Optional[int] = None
+    num_tasks: int | None = None
     """Without a list: how many tasks `dataset.name` makes (null: 2). With one it must equal its length."""
     split: str = "none"
     """none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts."""
@@ -28,7 +28,7 @@ class DatasetConfig:
     name: str = "digits"
     """A catalog name, a folder, or hf:user/name."""
     root: str = "data"
-    image_size: Optional[int] = None
+    image_size: int | None = None
     """Side in pixels the network is fed; null: the model's own."""
     batch_size: int = 128
     """Per device and micro-batch; the global batch is this x ranks x accumulation steps."""
@@ -39,7 +39,7 @@ class DatasetConfig:
     augment: str = "default"
     """default (the catalog's), none, flip, crop_flip or shift; training images only."""
     download: bool = True
-    entries: Dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, Any] = field(default_factory=dict)
     """Catalog entries of your own: name -> {path: or hub_id:, ...}."""
 
 
@@ -48,7 +48,7 @@ class LoraConfig:
     r: int = 8
     alpha: int = 16
     dropout: float = 0.05
-    target_modules: Optional[List[str]] = None
+    target_modules: list[str] | None = None
     """Layer names adapters go on; null: the attention projections of the architecture."""
 
 
@@ -57,16 +57,16 @@ class ModelConfig:
     name: str = "vit"
     framework: str = "hf"
     """hf (transformers) or torchvision."""
-    arch: Optional[str] = None
+    arch: str | None = None
     """torchvision: the architecture's name."""
-    model_id: Optional[str] = None
+    model_id: str | None = None
     """hf: hub id or local folder; torchvision: a file of weights instead of the library's own."""
     pretrained: bool = True
     use_lora: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
     norm_statistics: str = "per_task"
     """Batch-norm running statistics: per_task, frozen or shared."""
-    config: Dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     """hf without pretrained weights: the keyword arguments of its configuration (hidden_size, ...)."""
 
 
@@ -81,7 +81,7 @@ class NostalgiaConfig:
     enabled: bool = True
     top_k: int = 32
     """Eigenpairs taken of each finished task."""
-    k_max: Optional[int] = None
+    k_max: int | None = None
     """Directions the union memory holds at most; null: 4 top_k."""
     merge: str = "union"
     project: str = "constrained"
@@ -98,8 +98,8 @@ class NostalgiaConfig:
     """Samples per batch of a curvature product: bounds its memory."""
     tol: float = 1e-2
     """A pair is converged when |H q - lambda q| <= tol |lambda|."""
-    max_products: Optional[int] = None
-    max_basis: Optional[int] = None
+    max_products: int | None = None
+    max_basis: int | None = None
     """Vectors the eigensolver holds at most; null: 2 top_k + 16."""
     precision: str = "float32"
     """Of the network in a curvature product: float32, float64, tf32 or bf16; vectors are float32 at least."""
@@ -110,7 +110,7 @@ class NostalgiaConfig:
     basis_placement: str = "auto"
     """Under DDP: replicated (no collective of size P a step), sharded (1/W of the memory), auto by the budget."""
     basis_dtype: str = "float32"
-    basis_memory_gb: Optional[float] = None
+    basis_memory_gb: float | None = None
     """Budget of auto, per rank; null: a tenth of the device's memory."""
     guard_every_n_steps: int = 100
     """Compare checksums of parameters and memory over ranks this often; 0: never."""
@@ -121,21 +121,21 @@ class NostalgiaConfig:
 @dataclass
 class TrainConfig:
     epochs: int = 50
-    epochs_per_task: Optional[List[int]] = None
+    epochs_per_task: list[int] | None = None
     optimizer: str = "adamw"
     lr: float = 3e-4
     weight_decay: float = 0.05
-    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     momentum: float = 0.9
     """Of sgd."""
     scheduler: str = "cosine"
     warmup_epochs: float = 5.0
     head_warmup_epochs: int = 0
     """Epochs a new head is trained alone before its task; 0: none, and no forward transfer is measured."""
-    head_warmup_lr: Optional[float] = None
+    head_warmup_lr: float | None = None
     """null: train.lr."""
     gradient_accumulation_steps: int = 1
-    max_grad_norm: Optional[float] = 1.0
+    max_grad_norm: float | None = 1.0
     label_smoothing: float = 0.0
     precision: str = "auto"
     """64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: 16-bit on a GPU, 32 on CPU."""
@@ -145,8 +145,8 @@ class TrainConfig:
     log_every_n_steps: int = 50
     timeout_minutes: float = 30.0
     """A rank that waits longer for the others ends the run."""
-    max_steps_per_epoch: Optional[int] = None
-    max_eval_batches: Optional[int] = None
+    max_steps_per_epoch: int | None = None
+    max_eval_batches: int | None = None
     detect_anomaly: bool = False
 
 
@@ -155,12 +155,12 @@ class LoggerConfig:
     tensorboard: bool = True
     use_wandb: bool = False
     project: str = "nostalgia"
-    entity: Optional[str] = None
+    entity: str | None = None
     mode: str = "online"
-    tags: List[str] = field(default_factory=list)
-    group: Optional[str] = None
-    name: Optional[str] = None
-    save_dir: Optional[str] = None
+    tags: list[str] = field(default_factory=list)
+    group: str | None = None
+    name: str | None = None
+    save_dir: str | None = None
     """Where TensorBoard and W&B write; null: the run's folder."""
 
 

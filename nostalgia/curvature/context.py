@@ -20,7 +20,8 @@ PRECISIONS = ("float32", "float64", "tf32", "bf16")
 def product_context(precision: str, device: torch.device) -> Iterator[None]:
     """Random state kept, matrix products in ``precision``, attention in the kernel that has a second derivative."""
     devices = [device] if device.type == "cuda" else []
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    saved = [backend.fp32_precision for backend in backends]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -28,11 +29,13 @@ def product_context(precision: str, device: torch.device) -> Iterator[None]:
         stack.enter_context(
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
         )
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         try:
+            for backend in backends:
+                backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+            for backend, value in zip(backends, saved, strict=True):
+                backend.fp32_precision = value
 
 
 def parameter_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:

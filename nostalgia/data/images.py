@@ -36,7 +36,7 @@ class ArrayImages:
 
     def __init__(self, name: str, images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
         self.name, self.classes = name, tuple(classes)
-        self.images = torch.as_tensor(np.ascontiguousarray(images))
+        self.images = torch.from_numpy(np.array(images))  # a copy: arrays may be read-only
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:

@@ -85,11 +85,11 @@ def lanczos(
     (``probe=0``: without one), when what is left is the products' own noise, or after ``max_products``
     (default 10 (2 k + 16)). Pairs that did not converge are returned and marked, never called converged.
 
-    ``max_basis`` (default 2 k + 16, at most P) bounds the vectors held, but for 7 more (and k at the end, when
-    no product runs). Residuals are those of the projected problem, at no cost: right for products good to
-    rounding, but of the noise of low-precision products they see only what falls into the basis.
-    ``true_residuals`` measures them by ``k`` products more. ``state``, taken from a callback of the same solve,
-    goes on from there and is used up.
+    ``max_basis`` (default 2 k + 16, at most P) bounds the vectors held, but for 7 more (and k at the end,
+    when no product runs). Residuals are those of the projected problem, at no cost: right for products good
+    to rounding, but of the noise of low-precision products they see only what falls into the basis.
+    ``true_residuals`` measures them by ``k`` products more. ``state``, taken from a callback of the same
+    solve, goes on from there and is used up.
 
     Raises UsageError for a ``k`` outside 1..P or a setting that cannot work, and RunFailedError for a product
     that is not finite.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nostalgia.linalg.precision import full_precision_matmul
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.projection.memory import CurvatureMemory
 
@@ -170,7 +171,7 @@ class GradientProjector:
             block = self._basis[:, columns].to(step.dtype)
             # The metric enters as its square root on both sides: the system stays symmetric to rounding.
             scaled = block * inverse_metric[columns].sqrt()
-            with _full_precision_matmul():
+            with full_precision_matmul(step.device.type):
                 partial[:, :m] += scaled @ scaled.T
             partial[:, m] += torch.mv(block, step[columns])
         self._space.all_reduce(partial)
@@ -210,14 +211,3 @@ class GradientProjector:
                 spread = [torch.full_like(p, number) for p, number in zip(self._parameters, numbers, strict=True)]
                 result.append(self._take(spread))
         return result
-
-
-class _full_precision_matmul:
-    """float32 matrix products in float32, also where training allows TF32 for its own."""
-
-    def __enter__(self) -> None:
-        self._allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *exception: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self._allowed

@@ -36,7 +36,14 @@ def write_metrics(folder: Path, tasks: list[str] = TASKS) -> None:
     log = CsvLog(folder / "metrics.csv", METRICS_COLUMNS)
     for t, task in enumerate(tasks):
         for step in (10 * t + 5, 10 * t + 10):
-            row = {"step": step, "task": task, "epoch": 1, "split": "train", "loss": 1.0 / step, "accuracy": 0.5}
+            row = {
+                "step": step,
+                "task": task,
+                "epoch": 1,
+                "split": "train",
+                "loss": 1.0 / step,
+                "accuracy": 0.5,
+            }
             log.write({**row, "images_per_s": 100.0, "projected_fraction": 0.25 if t else None})
         leak = 1e-7 if t else None
         validation = {"step": step, "task": task, "epoch": 1, "split": "val"}
@@ -72,7 +79,15 @@ def write_run(folder: Path, **changes: Any) -> Path:
     memory = CsvLog(folder / "memory.csv", MEMORY_COLUMNS)
     for step in (5, 10):
         for rank in (0, 1):
-            memory.write({"time": 1e9 + step, "step": step, "rank": rank, "gpu_mem_mb": 0.0, "cpu_mem_mb": 500.0 + step})
+            memory.write(
+                {
+                    "time": 1e9 + step,
+                    "step": step,
+                    "rank": rank,
+                    "gpu_mem_mb": 0.0,
+                    "cpu_mem_mb": 500.0 + step,
+                }
+            )
     memory.close()
     write_results(folder / "results", results(**changes))
     return folder

@@ -37,7 +37,11 @@ def test_truncate_after_drops_later_steps_and_appending_goes_on(tmp_path: Path) 
         log.write({"step": step, "loss": 0.5})
     log.truncate_after(2)
     log.write({"step": 3, "loss": 0.75})
-    assert [(row["step"], row["loss"]) for row in read_log(tmp_path / "log.csv")] == [(1, 0.5), (2, 0.5), (3, 0.75)]
+    assert [(row["step"], row["loss"]) for row in read_log(tmp_path / "log.csv")] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.75),
+    ]
 
 
 def test_an_empty_file_gets_its_header(tmp_path: Path) -> None:
@@ -65,7 +69,11 @@ def test_non_finite_values_are_kept_but_not_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("step,loss\n1\n", "line 2: 1 values for 2 columns"), ("step,loss\n1,x\n", "line 2: not a number"), ("", "empty")],
+    [
+        ("step,loss\n1\n", "line 2: 1 values for 2 columns"),
+        ("step,loss\n1,x\n", "line 2: not a number"),
+        ("", "empty"),
+    ],
 )
 def test_damaged_logs_are_named(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "log.csv").write_text(text)

@@ -58,7 +58,10 @@ def test_a_file_without_the_measures_has_them_computed(tmp_path: Path) -> None:
     ("change", "line"),
     [
         ({"accuracy_matrix": MATRIX[:2]}, "must be 3 x 3 for 3 tasks, found 2 rows"),
-        ({"accuracy_matrix": [[0.9], [0.9, 0.8], [0.9, 0.8, 0.7]]}, "accuracy_matrix row 1 must be a list of 3"),
+        (
+            {"accuracy_matrix": [[0.9], [0.9, 0.8], [0.9, 0.8, 0.7]]},
+            "accuracy_matrix row 1 must be a list of 3",
+        ),
         ({"accuracy_matrix": [[90.0, None, None], *MATRIX[1:]]}, "holds 90.0, an accuracy is a fraction"),
         ({"accuracy_matrix": [["x", None, None], *MATRIX[1:]]}, "holds 'x'"),
         ({"accuracy_matrix": [[float("nan"), None, None], *MATRIX[1:]]}, "holds nan"),

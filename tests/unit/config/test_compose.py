@@ -1,0 +1,103 @@
+"""The command line: what composes, and the one line for what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nostalgia.config import parse, save
+from nostalgia.config.checks import check_launch
+from nostalgia.config.compose import config_folder
+from nostalgia.errors import UsageError
+
+REFERENCE = (
+    "dataset=cifar100", "dataset.root=/data", "dataset.batch_size=64", "model=resnet18", "model.framework=torchvision",
+    "model.arch=resnet34", "model.use_lora=false", "experiment.name=mine", "experiment.tasks=[cifar100,caltech256]",
+    "experiment.seed=3", "experiment.output_dir=out", "train.epochs=2", "train.epochs_per_task=[1,2]",
+    "train.precision=16", "train.accelerator=gpu", "train.devices=1", "train.log_every_n_steps=5",
+    "nostalgia.project_params=backbone", "nostalgia.top_k=8", "logger.use_wandb=true", "logger.project=p",
+    "logger.entity=e", "logger.mode=offline", "logger.tags=[a,b]", "logger.group=g", "logger.save_dir=s",
+    "logger.name=n",
+)  # fmt: skip
+
+
+def test_the_reference_words_are_understood() -> None:
+    config = parse(list(REFERENCE)).config
+    assert config.experiment.tasks == ["cifar100", "caltech256"]
+    assert (config.model.arch, config.train.precision, config.logger.tags) == ("resnet34", "16", ["a", "b"])
+
+
+@pytest.mark.parametrize("group", ["dataset", "model", "method", "suite"])
+def test_every_file_composes(group: str) -> None:
+    options = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+    assert options
+    for option in options:
+        parse([f"{group}={option}"])
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    config = parse([]).config
+    assert (config.train.epochs, config.train.lr, config.nostalgia.top_k) == (50, 3e-4, 32)
+    assert (config.nostalgia.project, config.nostalgia.merge, config.model.use_lora) == ("constrained", "union", True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.epchs=3"], "did you mean train.epochs"),
+        (["trian.lr=1"], "did you mean train.lr"),
+        (["+foo=1"], "unknown key foo"),
+        (["train.epochs=abc"], "train.epochs"),
+        (["train.epochs=0"], "1 or more"),
+        (["train.lr=nan"], "more than 0"),
+        (["nostalgia.top_k=0"], "1 or more"),
+        (["nostalgia.top_k=8", "nostalgia.k_max=4"], "below"),
+        (["nostalgia.project=sideways"], "constrained, displacement, gradient"),
+        (["model=vti"], "did you mean vit"),
+        (["--suite", "dmo"], "did you mean demo"),
+        (["--sute", "demo"], "did you mean --suite"),
+        (["experiment.tasks=[]"], "at least one task"),
+        (["experiment.tasks=[a,b]", "experiment.num_tasks=3"], "names 2"),
+        (["train.epochs_per_task=[1]"], "1 entries for 2 tasks"),
+        (["model=resnet18", "nostalgia.project_params=lora-only"], "without adapters"),
+        (["train.lr=["], "input"),
+        (["train.epochs"], "KEY=VALUE"),
+        (["--config", "nowhere.yaml"], "no such file"),
+    ],
+)
+def test_refusals_are_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
+    first = parse(["--suite", "demo", "experiment.seed=7"]).config
+    save(first, tmp_path / "config.yaml")
+    again = parse(["--config", str(tmp_path / "config.yaml")]).config
+    assert again == first
+    assert parse(["--config", str(tmp_path / "config.yaml"), "train.lr=0.5"]).config.train.lr == 0.5
+
+
+def test_debug_leaves_the_last_word_to_the_command_line() -> None:
+    config = parse(["--debug", "--suite", "demo", "train.epochs=3"]).config
+    assert (config.train.epochs, config.train.max_steps_per_epoch) == (3, 4)
+
+
+def test_any_name_may_be_a_dataset() -> None:
+    assert parse(["dataset=hf:user/name"]).config.dataset.name == "hf:user/name"
+    assert parse(["dataset=/a folder/of images"]).config.dataset.name == "/a folder/of images"
+    assert parse(["dataset=/an owner's/images"]).config.dataset.name == "/an owner's/images"
+
+
+def test_what_the_launcher_decides() -> None:
+    config = parse([]).config
+    assert check_launch(config, device_type="cpu", world_size=2) == "32"
+    config.train.precision = "16"
+    with pytest.raises(UsageError, match="needs a GPU"):
+        check_launch(config, device_type="cpu", world_size=1)
+    config.train.precision, config.train.devices = "auto", 4
+    with pytest.raises(UsageError, match="nproc_per_node 4"):
+        check_launch(config, device_type="cpu", world_size=2)
