@@ -1,0 +1,116 @@
+"""The command line from outside: a whole small run, one process against two, and refusals with their exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import ROOT, cpu_environment, launch_command
+
+SMALL = (
+    "--suite", "demo", "--quiet", "train.epochs=2", "train.head_warmup_epochs=1", "nostalgia.top_k=4",
+    "nostalgia.num_samples=64", "nostalgia.tol=0.1", "train.log_every_n_steps=1", "nostalgia.guard_every_n_steps=5",
+)  # fmt: skip
+
+
+def train(folder: Path, *words: str, processes: int = 1, codes: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable] if processes == 1 else launch_command(processes)
+    environment = cpu_environment(NOSTALGIA_EXIT_FILE=str(folder / "code")) if codes else cpu_environment()
+    return subprocess.run(
+        [*command, "-m", "nostalgia.train", f"experiment.output_dir={folder / 'runs'}", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "runs" / "latest" / "results" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same short demo at the same global batch, on one process and on two."""
+    folders = {}
+    for processes, batch in ((1, 32), (2, 16)):
+        folder = tmp_path_factory.mktemp(f"ranks{processes}")
+        done = train(folder, *SMALL, f"dataset.batch_size={batch}", processes=processes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folders[processes] = folder
+    return folders
+
+
+def test_a_run_leaves_its_files(runs: dict[int, Path]) -> None:
+    folder = runs[2] / "runs" / "latest"
+    found = results(runs[2])
+    assert [len(row) for row in found["accuracy_matrix"]] == [3, 3, 3]
+    assert found["accuracy_matrix"][0][1] is None
+    assert found["world_size"] == 2
+    assert found["fwt"] is not None
+    for name in ("config.yaml", "metrics.csv", "memory.csv", "tensorboard", "curvature/task1.json",
+                 "curvature/task3.safetensors", "results/per_task_acc.json", "results/accuracy_matrix.csv",
+                 "results/figures/accuracy_matrix.png", "results/figures/spectrum.png"):  # fmt: skip
+        assert (folder / name).exists(), name
+
+
+def test_two_processes_are_one(runs: dict[int, Path]) -> None:
+    """Every logged training loss to 1e-4 while parameters can still agree, and accuracies within two samples."""
+    losses = []
+    for folder in runs.values():
+        rows = [line.split(",") for line in (folder / "runs/latest/metrics.csv").read_text().splitlines()]
+        head = rows[0]
+        train_rows = [r for r in rows[1:] if r[head.index("split")] == "train"]
+        losses.append([float(r[head.index("loss")]) for r in train_rows[:40]])
+    assert len(losses[0]) == 40
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    sizes = (180, 179, 359)
+    for one, two in zip(*(results(f)["accuracy_matrix"] for f in runs.values()), strict=True):
+        for a, b, size in zip(one, two, sizes, strict=True):
+            assert a is None or abs(a - b) * size <= 2.01
+
+
+def test_leak_is_rounding(runs: dict[int, Path]) -> None:
+    rows = [line.split(",") for line in (runs[2] / "runs/latest/metrics.csv").read_text().splitlines()]
+    place = rows[0].index("leak")
+    leaks = [float(r[place]) for r in rows[1:] if r[place]]
+    assert len(leaks) == 4  # two epochs each of tasks 2 and 3
+    assert max(leaks) <= 1e-5
+
+
+def test_joint_fills_the_last_row(tmp_path: Path) -> None:
+    done = train(tmp_path, *SMALL, "method=joint", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    matrix = results(tmp_path)["accuracy_matrix"]
+    assert matrix[0] == matrix[1] == [None] * 3
+    assert all(a is not None for a in matrix[2])
+
+
+def test_dry_run_trains_nothing(tmp_path: Path) -> None:
+    done = train(tmp_path, "--suite", "demo", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "task3_digits" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("dataset=digts", "model=vit_tiny"), 2, "did you mean digits"),
+        (("--suite", "demo", "nostalgia.top_k=99999999"), 2, "number of projected parameters"),
+        (("dataset=caltech256", "model=vit_tiny"), 3, "caltech256 was not found"),
+    ],
+)
+def test_refusals(tmp_path: Path, words: tuple[str, ...], code: int, message: str, processes: int) -> None:
+    done = train(tmp_path, *words, processes=processes, codes=True)
+    assert (tmp_path / "code").read_text() == str(code)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
