@@ -28,11 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         from nostalgia.experiment import run
 
         run(request, accelerator, precision)
+        watch.stop()
         accelerator.end_training()
-        if accelerator.num_processes > 1:
-            accelerator.wait_for_everyone()
-            watch.stop()
-            accelerator.state.destroy_process_group()
         return 0
     except NostalgiaError as error:
         _stop(watch, error.exit_code, f"error: {error}")
