@@ -29,8 +29,11 @@ def inner_module(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is an FSDP2 shard."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    """Whether FSDP2 holds the parameters; puts them back to shards, which a forward pass may have left gathered."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    return bool(units)
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -93,6 +96,8 @@ def _fill(
     if "_original_forward" in state:
         for name in _PATCHES:
             state.pop(name, None)
+    for name in [name for name in state if "composable_api" in str(name)]:
+        del state[name]  # the mark by which fully_shard knows a module it has been applied to
     for name, value in list(state.items()):
         if isinstance(value, nn.Module) and id(value) in modules:
             state[name] = modules[id(value)]
@@ -133,6 +138,7 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     Whole parameters are not copied: they stay the model's own storage.
     """
     inner = inner_module(model)
+    is_sharded(inner)
     values: dict[str, Tensor] = {}
     for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:
         values[name] = _whole(tensor) if isinstance(tensor, DTensor) else tensor.detach()
