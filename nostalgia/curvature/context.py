@@ -2,92 +2,118 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nostalgia.errors import UsageError
 
 PRECISIONS = ("float32", "float64", "tf32", "bf16")
+TWICE_DIFFERENTIABLE = ("eager", "sdpa")  # of transformers' attention implementations
+
+
+def value_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of parameters and inputs in a product: float64 for ``float64``, else ``dtype``, float32 at least."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
+    return torch.float64 if precision == "float64" else torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager
 def product_context(precision: str, device: torch.device) -> Iterator[None]:
-    """Random state kept, matrix products in ``precision``, attention in the kernel that has a second derivative."""
-    devices = [device] if device.type == "cuda" else []
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    saved = [backend.fp32_precision for backend in backends]
+    """Random state kept, matrix products in ``precision``, attention in the kernel with a second derivative."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Training's own autocast must not reach in: products have a precision of their own.
         stack.enter_context(
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
         )
-        try:
-            for backend in backends:
-                backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            yield
-        finally:
-            for backend, value in zip(backends, saved, strict=True):
-                backend.fp32_precision = value
+        stack.enter_context(float32_products(tf32=precision == "tf32"))
+        yield
 
 
-def parameter_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype parameters and inputs are cast to: float64 products, else float32 at least."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"nostalgia.precision={precision!r}: allowed are {', '.join(PRECISIONS)}")
-    return torch.float64 if precision == "float64" else torch.promote_types(dtype, torch.float32)
-
-
-def move(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """``batch`` with its tensors on ``device`` and floating ones in ``dtype``; containers and dataclasses rebuilt."""
-    if isinstance(batch, Tensor):
-        return batch.to(device=device, dtype=dtype if batch.is_floating_point() else None)
-    if isinstance(batch, dict):
-        return type(batch)({key: move(value, device, dtype) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device, dtype) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(move(value, device, dtype) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        values = {f.name: move(getattr(batch, f.name), device, dtype) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **values)
-    return batch
-
-
-class GraphMeter:
-    """Counts the bytes that autograd saves while active, each storage once."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._seen: set[int] = set()
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-    @contextmanager
-    def active(self) -> Iterator[GraphMeter]:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            yield self
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory a process may still take on ``device``; on CPU shared with the other ranks of this machine."""
+def fix_randomness(seed: int, device: torch.device) -> None:
+    """Let a loss that draws random numbers draw the same ones in every product: it stays one fixed function."""
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import os
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
-    import psutil
 
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def use_twice_differentiable_attention(model: nn.Module) -> None:
+    """Switch modules of transformers from fused attention without a second derivative to ``sdpa``.
+
+    Gives each module of ``model`` (a skeleton) that has such a configuration a copy of it; what the
+    configuration was shared with keeps the original.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation is None or implementation in TWICE_DIFFERENTIABLE:
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            copies[id(config)]._attn_implementation = "sdpa"
+        module.__dict__["config"] = copies[id(config)]
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """float32 matrix products and convolutions in TF32 where the hardware has it, or not at all.
+
+    torch has two spellings of these flags and raises when one is read that disagrees with the other (Inductor
+    reads the older), so both are set, and both put back.
+    """
+    flags: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    )
+    saved = [_own_value(flag) for flag in flags]
+    matmul, cudnn = _older_matmul(), _older_cudnn()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    for flag in flags:
+        flag.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        for flag, value in zip(flags, saved, strict=True):
+            flag.fp32_precision = value
+
+
+def _own_value(flag: Any) -> str:
+    """A flag's own setting: ``none`` where it only follows a wider one. Leaves it as it was."""
+    value = flag.fp32_precision
+    flag.fp32_precision = "none"
+    inherited = flag.fp32_precision
+    flag.fp32_precision = value
+    if value != inherited:
+        return value
+    flag.fp32_precision = "none"
+    return "none"
+
+
+def _older_matmul() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # raised for one disagreement only: TF32 allowed by the newer flag alone
+        return "highest"
+
+
+def _older_cudnn() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the spellings disagree: the older says what the newer does not
+        return torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]

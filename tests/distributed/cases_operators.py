@@ -3,141 +3,257 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
-import peft
+import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ViTConfig, ViTModel
 
-from nostalgia import GGNOperator, HessianOperator, lanczos
+from nostalgia.curvature import GGNOperator, HessianOperator
+from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.linalg.lanczos import lanczos
+from nostalgia.parallel.modules import bare_module, reshard
+from tests.unit.curvature.networks import (
+    NETWORKS,
+    Batch,
+    Oracle,
+    assert_same,
+    batches,
+    fingerprint,
+    forward_fn,
+    loss_fn,
+    mlp,
+)
 
+SAMPLES = 11
 SHARES = {1: [0, 11], 2: [0, 11, 11], 3: [0, 7, 7, 11]}  # unequal, and an empty rank
+VARIABLES = {"mlp": "", "resnet": "", "vit_lora": "lora_"}
 
 
-class Vit(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        config = ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=8,
-            patch_size=4, hidden_dropout_prob=0.1,
-        )  # fmt: skip
-        vit = ViTModel(config, add_pooling_layer=False)
-        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        self.vit = peft.get_peft_model(vit, lora)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.vit(images).last_hidden_state[:, 0])
-
-    def layers(self) -> list[nn.Module]:
-        return list(self.vit.base_model.model.layers)
+def check_all() -> dict[str, Any]:
+    """Everything in one launch; returns relative errors by what was computed."""
+    check_failures()
+    check_sharded_gradients_leave_the_model_alone()
+    check_bare_modules()
+    return {"products": check_products(), "eigenpairs": check_eigenpairs()}
 
 
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(7, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)))
-
-    def layers(self) -> list[nn.Module]:
-        return [self.a]
+def share(kind: str, data: Batch) -> list[Batch]:
+    """This rank's part, in batches of at most four."""
+    low, high = SHARES[dist.get_world_size()][dist.get_rank() : dist.get_rank() + 2]
+    inputs, labels = data
+    return [(inputs[i : min(i + 4, high)], labels[i : min(i + 4, high)]) for i in range(low, high, 4)]
 
 
-def dense(model: nn.Module, names: list[str], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Hessian and Gauss-Newton matrix of the mean cross-entropy, by autodiff of the flat parameters."""
-    own = {n: p.detach() for n, p in model.named_parameters()}
-    shapes = [own[n].shape for n in names]
-    flat = torch.cat([own[n].reshape(-1) for n in names])
-
-    def logits(theta: Tensor) -> Tensor:
-        parts = theta.split([s.numel() for s in shapes])
-        scope = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
-        return functional_call(model, {**own, **scope}, (x,))
-
-    with sdpa_kernel(SDPBackend.MATH):
-        hessian = torch.func.hessian(lambda theta: F.cross_entropy(logits(theta), y))(flat)
-        jacobian = torch.func.jacrev(logits)(flat)
-        p = logits(flat).softmax(1)
-    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-    return hessian, torch.einsum("bip,bij,bjq->pq", jacobian, curvature, jacobian) / len(x)
-
-
-def wrapped(model: nn.Module, wrap: str) -> nn.Module:
+def wrapped(model: nn.Module, wrap: str, **options: Any) -> nn.Module:
     if wrap == "ddp":
         return DistributedDataParallel(model)
     if wrap == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model.layers():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for module in list(model.modules()):
+            if type(module).__name__ in ("ViTLayer", "BasicBlock"):
+                fully_shard(module, mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, **options)
     return model
+
+
+def in_scope(kind: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {name: p for name, p in inner.named_parameters() if VARIABLES[kind] in name}
 
 
 def check_products() -> dict[str, float]:
     """Every operator, method and wrapping: products equal the dense ones, with two large collectives each."""
-    world, rank = dist.get_world_size(), dist.get_rank()
     errors = {}
-    for kind, shape in ((Mlp, (7,)), (Vit, (3, 8, 8))):
-        torch.manual_seed(1)
-        original = kind().double()
-        x, y = torch.randn(11, *shape, dtype=torch.float64), torch.randint(0, 3, (11,))
-        names = [n for n, p in original.named_parameters() if p.requires_grad and not n.startswith("head")]
-        oracles = dense(copy.deepcopy(original).eval(), names, x, y)
-        low, high = SHARES[world][rank : rank + 2]
-        batches = [(x[i : min(i + 4, high)], y[i : min(i + 4, high)]) for i in range(low, high, 4)]
-        for wrap in ("plain", "ddp", "fsdp2"):
+    for kind in VARIABLES:
+        original = NETWORKS[kind]()
+        (data,) = batches(kind, (SAMPLES,))
+        oracle = Oracle(copy.deepcopy(original), list(in_scope(kind, original)), [data])
+        matrices = {HessianOperator: oracle.hessian(), GGNOperator: oracle.gauss_newton()}
+        for wrap in ("bare", "ddp", "fsdp2"):
             model = wrapped(copy.deepcopy(original).train(), wrap)
-            own = dict((model.module if wrap == "ddp" else model).named_parameters())
-            scope = {n: own[n] for n in names}
-            for operator, method, oracle in operators(model, batches, scope, oracles):
-                space = operator.space
-                v = space.randn(3)
-                expected = space.slice_flat((oracle @ space.gather_flat(v[None])[0])[None])[0]
-                operator.matvec(v)
-                before = space.traffic.snapshot()
-                result = operator.matvec(v)
-                moved = space.traffic.since(before)
-                if method != "finite_difference" and world > 1:
-                    assert (moved.large, moved.small) == (2, 0), (wrap, method, moved)
-                error = float(space.norm(result - expected) / space.norm(expected))
-                errors[f"{kind.__name__} {wrap} {type(operator).__name__} {method}"] = error
-            assert model.training and all(p.grad is None for p in model.parameters())
+            for operator in operators(kind, model, share(kind, data)):
+                before = fingerprint(model)
+                error = compare(operator, matrices[type(operator)], oracle)
+                assert_same(before, fingerprint(model))
+                errors[f"{kind} {wrap} {type(operator).__name__} {operator.method}"] = error
     return errors
 
 
-def operators(model: nn.Module, batches: list, scope: dict, oracles: tuple[Tensor, Tensor]):
-    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        return F.cross_entropy(m(batch[0]), batch[1], reduction="sum"), len(batch[1])
-
-    for method in ("exact", "jvp", "finite_difference"):
-        yield HessianOperator(model, loss_fn, batches, scope, method=method), method, oracles[0]
+def operators(kind: str, model: nn.Module, data: list[Batch]) -> Iterator[Any]:
+    scope = in_scope(kind, model)
+    # No finite differences of a kinked network: its third derivative is not there.
+    for method in ("exact", "jvp", "finite_difference")[: 2 if kind == "resnet" else 3]:
+        yield HessianOperator(model, loss_fn, data, scope, method=method)
     for method in ("exact", "jvp"):
-        yield GGNOperator(model, lambda m, b: (m(b[0]), b[1]), batches, scope, method=method), method, oracles[1]
+        yield GGNOperator(model, forward_fn, data, scope, method=method)
+
+
+def compare(operator: Any, matrix: Tensor, oracle: Oracle) -> float:
+    """Relative error of two products, loss and gradient; counts collectives of the second product."""
+    space = operator.space
+    assert operator.num_samples == SAMPLES
+    assert operator.loss() == pytest.approx(oracle.loss(), rel=1e-12)
+    gradient = space.slice_flat(oracle.gradient()[None])[0]
+    worst = float(space.norm(operator.gradient() - gradient) / space.norm(gradient))
+    for seed in (3, 4):
+        v = space.randn(seed)
+        expected = space.slice_flat((matrix @ space.gather_flat(v[None])[0])[None])[0]
+        before = space.traffic.snapshot()
+        result = operator.matvec(v)
+        moved = space.traffic.since(before)
+        assert result.shape == (space.local_size,)
+        worst = max(worst, float(space.norm(result - expected) / space.norm(expected)))
+    if operator.method != "finite_difference":
+        assert (moved.large, moved.small) == ((2, 0) if space.world_size > 1 else (0, 0))
+    return worst
 
 
 def check_eigenpairs() -> dict[str, list[float]]:
-    """Top eigenvalues of the Hessian, and the worst true residual, on every wrapping."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    torch.manual_seed(1)
-    original = Mlp().double()
-    x, y = torch.randn(11, 7, dtype=torch.float64), torch.randint(0, 3, (11,))
-    names = [n for n, _ in original.named_parameters()]
-    oracle = torch.linalg.eigvalsh(dense(original, names, x, y)[0]).flip(0)[:4]
-    low, high = SHARES[world][rank : rank + 2]
+    """Top eigenvalues of the Hessian against the dense ones, and the worst true residual."""
+    (data,) = batches("mlp", (SAMPLES,))
+    oracle = Oracle(mlp(), [name for name, _ in mlp().named_parameters()], [data])
+    expected = torch.linalg.eigvalsh(oracle.hessian()).flip(0)[:4]
     found = {}
     for wrap in ("ddp", "fsdp2"):
-        model = wrapped(copy.deepcopy(original), wrap)
-        operator = next(operators(model, [(x[low:high], y[low:high])] if high > low else [], None, (x, x)))[0]
+        operator = HessianOperator(wrapped(mlp(), wrap), loss_fn, share("mlp", data))
         pairs = lanczos(operator, 4, tol=1e-9, true_residuals=True)
         assert bool(pairs.converged.all())
-        found[wrap] = [float((pairs.eigenvalues - oracle).abs().max()), float(pairs.residuals.max())]
+        found[wrap] = [float((pairs.eigenvalues - expected).abs().max()), float(pairs.residuals.max())]
     return found
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Fragile(nn.Module):
+    """An MLP that can be made to fail in the middle of its forward, on all ranks alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.inner[0](x)
+        if self.fails:
+            raise Interrupted
+        return self.inner[3](self.inner[1](x))
+
+
+def patch_as_accelerate_does(model: nn.Module) -> None:
+    """Autocast around the forward, in the instance's dictionary."""
+    model._original_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model._original_forward)
+
+
+def check_sharded_gradients_leave_the_model_alone() -> None:
+    """Finite differences by the sharded model: state to the bit, after success and after failure."""
+    model = Fragile().float()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.inner[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    (data,) = batches("mlp", (SAMPLES,))
+    mine = share("mlp", data)
+    exact = HessianOperator(model, loss_fn, mine)
+    v = exact.space.randn(0)
+    expected = exact.matvec(v)
+    patch_as_accelerate_does(model)
+    train_step(model, data)  # gradients, and parameters that an optimizer would know
+    operator = HessianOperator(model, loss_fn, mine, method="finite_difference")
+    before, forward, outputs = fingerprint(model), model.forward, evaluate(model, data)
+    result = operator.matvec(v)
+    assert torch.equal(evaluate(model, data), outputs)
+    # Were it under the patch's autocast, its error would be that of bfloat16.
+    assert float(exact.space.norm(result - expected) / exact.space.norm(expected)) < 5e-3
+    assert operator.estimated_error < 5e-3
+    operator.gradient()
+    operator.loss()
+    assert_same(before, fingerprint(model))
+    assert model.forward is forward
+    for place in ("forward", "loss"):
+        model.fails = place == "forward"
+        broken = HessianOperator(model, interrupt if place == "loss" else loss_fn, mine, method="finite_difference")
+        broken._totals = operator._measured()
+        for product in (broken.gradient, lambda broken=broken: broken.matvec(v)):
+            with pytest.raises(Interrupted):
+                product()
+            assert model.forward is forward
+            fails, model.fails = model.fails, False
+            assert torch.equal(evaluate(model, data), outputs)
+            reshard(model)
+            assert_same(before, fingerprint(model))
+            model.fails = fails
+    model.fails = False
+    torch.testing.assert_close(operator.matvec(v), result, rtol=0, atol=0)
+    train_step(model, data)  # the sharded model still trains
+    assert_same(before["gradients"], [p.grad for p in model.parameters()])
+
+
+def interrupt(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    loss_fn(model, batch)
+    raise Interrupted
+
+
+def evaluate(model: nn.Module, data: Batch) -> Tensor:
+    """Outputs, by a forward that leaves the root's parameters whole and so could hide what its shards are."""
+    calls = model.calls.clone()
+    with torch.no_grad():
+        outputs = model(data[0])
+    model.calls.copy_(calls)
+    return outputs
+
+
+def train_step(model: nn.Module, data: Batch) -> None:
+    model.zero_grad()
+    loss_fn(model, data)[0].backward()
+
+
+def check_bare_modules() -> None:
+    """What comes out of the shards is the network that went in, on every rank."""
+    original = NETWORKS["vit_lora"]()
+    state = {name: t.clone() for name, t in original.state_dict().items()}
+    bare = bare_module(wrapped(original, "fsdp2"))
+    assert not any(isinstance(p, DTensor) for p in bare.parameters())
+    assert_same(state, dict(bare.state_dict()))
+
+
+def check_failures() -> None:
+    """What is wrong on one rank is an error on all of them, and no rank waits for another."""
+    rank = dist.get_rank()
+    for wrap in ("ddp", "fsdp2"):
+        model = wrapped(mlp(), wrap)
+        for method in HessianOperator.METHODS:
+            operator = HessianOperator(model, loss_fn, [], method=method)
+            for product in (operator.loss, operator.gradient, lambda op=operator: op.matvec(op.space.zeros())):
+                with pytest.raises(UsageError, match="empty on every rank"):
+                    product()
+        spoiled = HessianOperator(model, cusp if rank == 0 else loss_fn, batches("mlp", (3,)))
+        if min(spoiled.space.layout.local_sizes) == 0:
+            continue
+        where = "first in 0.weight" if rank == 0 else "on another rank"
+        with pytest.raises(RunFailedError, match=f"curvature product 1 is not finite .{where}"):
+            spoiled.matvec(spoiled.space.randn(0))
+    sharded = wrapped(mlp().requires_grad_(False), "fsdp2")
+    with pytest.raises(UsageError, match=r"0.weight is in scope but does not require a gradient"):
+        HessianOperator(sharded, loss_fn, [], sharded.parameters(), method="finite_difference")
+    with pytest.raises(UsageError, match="sharded model's own precision"):
+        HessianOperator(wrapped(mlp().float(), "fsdp2"), loss_fn, [], method="finite_difference", precision="float64")
+    rounded = wrapped(mlp().float(), "fsdp2", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    operator = HessianOperator(rounded, loss_fn, batches("mlp", (3 + rank,)), method="finite_difference")
+    with pytest.raises(RunFailedError, match=r"train.precision=32"):
+        operator.matvec(operator.space.randn(0))
+
+
+def cusp(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """A finite loss whose derivative is not."""
+    return (model(batch[0]).sum() * 0).abs().sqrt(), len(batch[0])

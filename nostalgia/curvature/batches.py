@@ -1,0 +1,43 @@
+"""Moves the user's batches, which are opaque otherwise, to where a product is computed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """``batch`` with its tensors on ``device``, floating ones in ``dtype`` if given; the original is untouched.
+
+    Looks into lists, tuples, named tuples, mappings and dataclasses; whatever else is handed on as it is.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return _map_tensors(batch, move)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)  # keeps the class: BatchEncoding, defaultdict, ModelOutput
+        for key, item in value.items():
+            mapping[key] = _map_tensors(item, change)
+        return mapping
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, change) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = copy.copy(value)
+        for field in dataclasses.fields(value):  # past __init__ and frozen: only the tensors change
+            object.__setattr__(result, field.name, _map_tensors(getattr(value, field.name), change))
+        return result
+    return value
