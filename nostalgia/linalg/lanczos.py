@@ -91,6 +91,8 @@ def lanczos(
     ``true_residuals`` measures them by ``k`` products more. ``state``, taken from a callback of the same
     solve, goes on from there and is used up.
 
+    Residual estimates below about 1e-8 of the largest |lambda| are not exact after a breakdown (repeated eigenvalues).
+
     Raises UsageError for a ``k`` outside 1..P or a setting that cannot work, and RunFailedError for a product
     that is not finite.
     """
