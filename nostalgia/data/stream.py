@@ -1,9 +1,12 @@
 """Batches for one rank, such that all ranks together see every sample of an epoch exactly once.
 
-An epoch is a permutation by (seed, stream, epoch), cut into global steps; a step into micro-batches; a micro-batch into
-contiguous shares of the ranks. So one process with batch 64 and two with 32 see the same samples in every step. The
-last, short micro-batch is spread over the ranks; a rank without a sample gets one row of weight zero, because every
-rank must take part in every forward pass.
+An epoch is a permutation by (seed, stream, epoch), cut into global steps, these into micro-batches, these
+into contiguous shares of the ranks. So one process with batch 64 and two with 32 see the same samples in
+every step. The last, short micro-batch is spread over the ranks; a rank without a sample gets one row of
+weight zero, because every rank must take part in every forward pass.
+
+Worker processes draw no random numbers: what decides an augmented view is sent with the index, so no batch
+depends on how many they are.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from nostalgia.data.images import ImageDataset
-from nostalgia.data.transforms import Augmentation, prepare
-from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.data.prepared import Decoder, Prepared, View
+from nostalgia.data.transforms import Augmentation
+from nostalgia.errors import NotFoundError, RunFailedError, UsageError
 
-CACHE_BYTES = 256 << 20  # data sets whose resized images fit are prepared once and kept
+__all__ = ["Batch", "Prepared", "Step", "TaskLoader", "View", "curvature_batches"]
 
 
 @dataclass
@@ -42,68 +45,14 @@ class Batch:
 class Step:
     """What one optimizer step is computed from."""
 
-    micro_batches: Iterator[Batch] | list[Batch]
+    micro_batches: list[Batch]
     num_samples: int  # valid ones, over all ranks and micro-batches
     epoch: int
     step: int  # within the epoch, from 1
 
 
-@dataclass(frozen=True)
-class View:
-    """How images reach the network: side in pixels, normalisation, dtype and device."""
-
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-
-    def normalise(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=images.dtype, device=images.device)[:, None, None]
-        return (images - mean) / std
-
-
-class Prepared(Dataset):
-    """Resized uint8 images of one or several data sets, one after the other; kept in memory where they are small."""
-
-    def __init__(self, datasets: Sequence[ImageDataset], shifts: Sequence[Sequence[str]], image_size: int) -> None:
-        self.datasets, self.shifts, self.image_size = list(datasets), list(shifts), image_size
-        self.sizes = [len(d) for d in self.datasets]
-        self.labels = torch.cat([d.labels for d in self.datasets])
-        self.tasks = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
-        self.starts = torch.tensor([0, *self.sizes]).cumsum(0)
-        self.cache: Tensor | None = None
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def bytes(self) -> int:
-        return len(self) * 3 * self.image_size**2
-
-    def in_memory(self) -> bool:
-        """Whether the images lie in memory to begin with, and are few enough to be kept resized."""
-        return self.bytes <= CACHE_BYTES and all(_array_backed(d) for d in self.datasets)
-
-    def fill(self) -> None:
-        if self.cache is None:
-            self.cache = torch.stack([self._image(i) for i in range(len(self))])
-
-    def __getitem__(self, index: int) -> Tensor | NotFoundError:
-        try:
-            return self._image(index)
-        except NotFoundError as error:
-            return error  # raised by the main process, on one line, without a worker's traceback
-
-    def _image(self, index: int) -> Tensor:
-        task = int(self.tasks[index])
-        image = self.datasets[task].image(index - int(self.starts[task]))
-        return prepare(image, self.image_size, self.shifts[task])
-
-
 class TaskLoader:
-    """Epochs of steps for one rank, for training (shuffled, augmented) or evaluation (in order, as they are)."""
+    """Epochs of steps for one rank: training (shuffled, augmented) or evaluation (in order, as they are)."""
 
     def __init__(
         self,
@@ -118,28 +67,21 @@ class TaskLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        augment: str = "none",
+        augment: str | Sequence[str] = "none",
     ) -> None:
+        """``augment``: one policy, or one for each data set of ``images``."""
         if len(images) == 0:
             raise UsageError(f"{name}: no samples to {'train on' if train else 'evaluate'}")
         self.images, self.view, self.name, self.train, self.seed = images, view, name, train, seed
         self.rank, self.world_size = rank, world_size
         self.micro_batch = per_device_batch_size * world_size
         self.accumulation_steps = accumulation_steps
-        self.augmentation = Augmentation(augment if train else "none", seed)
-        self._plan: list[list[int]] = []
-        self._loader: DataLoader | None = None
-        if images.in_memory():
-            images.fill()
-        else:
-            self._loader = DataLoader(
-                images,
-                batch_sampler=_Plan(self),
-                num_workers=num_workers,
-                collate_fn=_collate,
-                pin_memory=view.device.type == "cuda",
-                persistent_workers=num_workers > 0,
-            )
+        policies = [augment] * len(images.datasets) if isinstance(augment, str) else list(augment)
+        if not train:
+            policies = ["none"] * len(images.datasets)
+        self.augmentation = Augmentation(policies, stable_seed(seed, name))
+        self._plan = _Plan(self.augmentation)
+        self._loader = None if images.in_memory else self._workers(num_workers)
 
     @property
     def num_samples(self) -> int:
@@ -155,8 +97,8 @@ class TaskLoader:
         order = self._order(epoch)
         steps = [order[start : start + size] for start in range(start_step * size, len(order), size)]
         shares = [[self._share(micro) for micro in step.split(self.micro_batch)] for step in steps]
-        self._plan = [indices.tolist() for step in shares for indices, _ in step]
-        fetched = iter(self._loader) if self._loader is not None else None
+        self._plan.batches, self._plan.epoch = [indices for step in shares for indices, _ in step], epoch
+        fetched = None if self._loader is None else iter(self._loader)
         for number, (step, parts) in enumerate(zip(steps, shares, strict=True), start_step + 1):
             batches = [self._batch(indices, valid, epoch, fetched) for indices, valid in parts]
             yield Step(batches, len(step), epoch, number)
@@ -173,72 +115,78 @@ class TaskLoader:
         return (mine, True) if len(mine) else (micro[:1], False)
 
     def _batch(self, indices: Tensor, valid: bool, epoch: int, fetched: Iterator | None) -> Batch:
-        device = self.view.device
+        raw = self.images.gather(indices, self.view.device) if fetched is None else _next(fetched)
+        batch = _as_batch(self.images, self.view, indices, self.view.scale(raw), valid)
         if fetched is None:
-            assert self.images.cache is not None
-            raw = self.images.cache[indices]
-        else:
-            raw = next(fetched)
-            if isinstance(raw, NotFoundError):
-                raise raw
-        images = raw.to(device, non_blocking=True).to(self.view.dtype) / 255
-        samples = indices.to(device)
-        images = self.view.normalise(self.augmentation(images, samples, epoch))
-        return Batch(
-            images=images,
-            labels=self.images.labels[indices].to(device),
-            valid=torch.full((len(indices),), valid, device=device),
-            indices=samples,
-            tasks=self.images.tasks[indices].to(device),
+            batch.images = self.augmentation.batch(batch.images, batch.indices, batch.tasks, epoch)
+        batch.images = self.view.normalise_(self.images.shifted(batch.images, batch.tasks))
+        return batch
+
+    def _workers(self, num_workers: int) -> DataLoader:
+        # Those of training live as long as the loader. Those of evaluation go after each pass: a run keeps a
+        # loader for every task it has seen, and their idle processes would add up.
+        return DataLoader(
+            Decoder(self.images, self.augmentation.policies),
+            batch_sampler=self._plan,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=self.view.device.type == "cuda",
+            persistent_workers=self.train and num_workers > 0,
+            prefetch_factor=4 if num_workers > 0 else None,
         )
 
 
 class _Plan:
-    """Batch sampler over the present epoch's plan, so that worker processes outlive an epoch."""
+    """Batch sampler over the present epoch's batches, so that worker processes outlive an epoch."""
 
-    def __init__(self, loader: TaskLoader) -> None:
-        self._loader = loader
+    def __init__(self, augmentation: Augmentation) -> None:
+        self.augmentation, self.epoch = augmentation, 0
+        self.batches: list[Tensor] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._loader._plan)
+    def __iter__(self) -> Iterator[list[tuple[int, list[float]]]]:
+        for indices in self.batches:
+            draws = self.augmentation.draws(indices, self.epoch)
+            yield list(zip(indices.tolist(), draws.tolist(), strict=True))
 
     def __len__(self) -> int:
-        return len(self._loader._plan)
+        return len(self.batches)
 
 
 def curvature_batches(
-    images: Prepared, view: View, *, name: str, num_samples: int, batch_size: int, seed: int, rank: int, world_size: int
+    images: Prepared,
+    view: View,
+    *,
+    name: str,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    num_workers: int = 1,
 ) -> list[Batch]:
     """This rank's share of the fixed curvature set, held on the device: no augmentation, no padding.
 
-    A seeded choice, in proportion to the classes, that does not depend on the number of ranks; shares differ by at most
-    one sample and may be empty.
+    A seeded choice, in proportion to the classes, that does not depend on the number of ranks; shares
+    differ by at most one sample and may be empty. ``num_workers`` threads decode.
     """
     chosen = stratified_choice(images.labels, num_samples, stable_seed(seed, name, -1))
     mine = chosen.tensor_split(world_size)[rank]
     batches = []
     for indices in mine.split(batch_size) if len(mine) else ():
-        raw = [images.cache[i] if images.cache is not None else images._image(int(i)) for i in indices]
-        pixels = torch.stack(raw).to(view.device).to(view.dtype) / 255
-        batches.append(
-            Batch(
-                images=view.normalise(pixels),
-                labels=images.labels[indices].to(view.device),
-                valid=torch.ones(len(indices), dtype=torch.bool, device=view.device),
-                indices=indices.to(view.device),
-                tasks=images.tasks[indices].to(view.device),
-            )
-        )
+        pixels = view.scale(images.read(indices, view.device, num_workers))
+        batch = _as_batch(images, view, indices, pixels, True)
+        batch.images = view.normalise_(images.shifted(batch.images, batch.tasks))
+        batches.append(batch)
     return batches
 
 
 def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:
-    """At most ``count`` indices, each class in proportion (largest remainders), in random order."""
+    """At most ``count`` indices, each class in proportion to its size, in random order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     if count >= len(labels):
         return order
-    # The i-th of n members of a class comes at quantile (i + 1/2) / n: the first `count` are spread over all classes.
+    # The i-th of n members of a class stands at quantile (i + 1/2) / n: the first `count` spread over all.
     shuffled = labels[order]
     quantile = torch.empty(len(labels), dtype=torch.float64)
     for label in shuffled.unique():
@@ -253,11 +201,29 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _array_backed(dataset: object) -> bool:
-    base = dataset
-    while hasattr(base, "base"):
-        base = base.base
-    return hasattr(base, "images")
+def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, valid: bool) -> Batch:
+    return Batch(
+        images=pixels,
+        labels=images.labels[indices].to(view.device),
+        valid=torch.full((len(indices),), valid, device=view.device),
+        indices=indices.to(view.device),
+        tasks=images.tasks[indices].to(view.device),
+    )
+
+
+def _next(fetched: Iterator) -> Tensor:
+    try:
+        batch = next(fetched)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunFailedError(
+            f"a loader process died ({str(error).splitlines()[0]}): out of memory or of shared memory "
+            "(/dev/shm)? Try fewer dataset.num_workers, or 0"
+        ) from None
+    if isinstance(batch, NotFoundError):
+        raise batch
+    return batch
 
 
 def _collate(items: list[Tensor | NotFoundError]) -> Tensor | NotFoundError:

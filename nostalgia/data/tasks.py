@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nostalgia.data.images import ImageDataset, Subset
-from nostalgia.data.sources import Source
+from nostalgia.data.source import Source
 from nostalgia.data.transforms import check_shifts
-from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.errors import UsageError
 
 DEFAULT_TASKS = 2
 
@@ -47,7 +47,7 @@ class Task:
 def expand_specs(
     tasks: Sequence[Any] | None, dataset: str, num_tasks: int | None = None, split: str = "none"
 ) -> list[TaskSpec]:
-    """The task list of a configuration: as given, or ``dataset`` several times, or its classes in disjoint parts."""
+    """The task list: as given, or ``dataset`` several times, or its classes in disjoint parts."""
     if tasks is None:
         count = DEFAULT_TASKS if num_tasks is None else num_tasks
         parts = [(i, count) if split == "classes" else None for i in range(count)]
@@ -58,7 +58,7 @@ def expand_specs(
 
 
 def build_tasks(specs: Sequence[TaskSpec], load: Callable[[str], Source], seed: int) -> list[Task]:
-    """Load each data set once and cut the tasks out of it; ``seed`` orders the classes of a split by classes."""
+    """Load each data set once and cut the tasks out of it; ``seed`` orders classes for a split by them."""
     sources: dict[str, Source] = {}
     tasks = []
     for index, spec in enumerate(specs, 1):
@@ -87,14 +87,9 @@ def _spec(index: int, entry: Any) -> TaskSpec:
 
 
 def _task(index: int, spec: TaskSpec, source: Source, seed: int) -> Task:
-    name = f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', source.name)}"
+    name = f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', source.name)[:64]}"
     classes = _classes(name, spec, source, seed)
-    train, val = (_only(split, classes) for split in (source.train, source.val))
-    missing = sorted(set(range(len(classes))) - set(val.labels.tolist()))
-    if missing or len(train) == 0:
-        what = source.train.classes[classes[missing[0]]] if missing else "every class"
-        split = "validation" if missing else "training"
-        raise NotFoundError(f"{name}: class {what!r} is missing from the {split} split of {source.where}")
+    train, val = (_only(split, classes) for split in (source.train, source.val))  # each class is in both
     return Task(
         index=index,
         name=name,
@@ -123,16 +118,16 @@ def _classes(name: str, spec: TaskSpec, source: Source, seed: int) -> list[int]:
         return list(range(len(all_classes)))
     chosen = []
     for c in spec.classes:
-        if isinstance(c, int) and 0 <= c < len(all_classes):
+        if isinstance(c, int) and not isinstance(c, bool) and 0 <= c < len(all_classes):
             chosen.append(c)
         elif isinstance(c, str) and c in all_classes:
             chosen.append(all_classes.index(c))
         else:
             close = difflib.get_close_matches(str(c), all_classes, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else ";"
             raise UsageError(
-                f"{name}: class {c!r} is not in {source.name}{hint} Allowed are indices 0 to {len(all_classes) - 1}, "
-                "and class names"
+                f"{name}: class {c!r} is not in {source.name}{hint} allowed are indices 0 to "
+                f"{len(all_classes) - 1}, and class names"
             )
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"{name}: classes={list(spec.classes)} names a class twice")

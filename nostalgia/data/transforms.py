@@ -1,12 +1,15 @@
-"""Image transforms: domain shifts that belong to a task, resizing, and augmentation on the device.
+"""Image transforms: resizing, augmentation, and the domain shifts that belong to a task.
 
-Augmentation draws its numbers from a hash of (seed, epoch, sample), so a sample looks the same whatever rank, worker or
-batch it falls into. Domain shifts apply to training, validation and curvature alike.
+Augmentation draws its numbers from a hash of (seed, epoch, sample), so a sample looks the same whatever rank,
+worker or batch it falls into. Decoded files are augmented as they are resized, by the worker that decodes them
+(a crop costs no more than the resizing it replaces); images in memory on the device, a batch at a time.
+Domain shifts come after it, on the device, for training, validation and curvature alike.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,81 +17,139 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from nostalgia.data.catalog import AUGMENTATIONS
 from nostalgia.errors import UsageError
 
 Shift = Callable[[Tensor], Tensor]
 
-
-def _permute(image: Tensor) -> Tensor:
-    """One fixed permutation of the pixels, the same for all images of a size."""
-    pixels = image.shape[-2] * image.shape[-1]
-    order = torch.randperm(pixels, generator=torch.Generator().manual_seed(pixels))
-    return image.flatten(-2)[..., order].view_as(image)
-
-
 SHIFTS: dict[str, Shift] = {
     "invert": tv.invert,
-    "grayscale": lambda image: tv.rgb_to_grayscale(image, num_output_channels=3),
-    "blur": lambda image: tv.gaussian_blur(image, kernel_size=[5, 5]),
-    "rotate90": lambda image: image.rot90(1, (-2, -1)),
-    "rotate180": lambda image: image.rot90(2, (-2, -1)),
-    "rotate270": lambda image: image.rot90(3, (-2, -1)),
-    "flip_horizontal": lambda image: image.flip(-1),
-    "flip_vertical": lambda image: image.flip(-2),
-    "permute": _permute,
+    "grayscale": lambda images: tv.rgb_to_grayscale(images, num_output_channels=3),
+    "blur": lambda images: tv.gaussian_blur(images, kernel_size=[5, 5]),
+    "rotate90": lambda images: images.rot90(1, (-2, -1)),
+    "rotate180": lambda images: images.rot90(2, (-2, -1)),
+    "rotate270": lambda images: images.rot90(3, (-2, -1)),
+    "flip_horizontal": lambda images: images.flip(-1),
+    "flip_vertical": lambda images: images.flip(-2),
 }
+_PERMUTE = re.compile(r"permute(\d{0,9})", re.ASCII)  # permute, permute1, permute2, ...: each its own
 
 
 def check_shifts(names: Sequence[str]) -> None:
     """Raise UsageError for an unknown transform of a task."""
     for name in names:
-        if name not in SHIFTS:
-            close = difflib.get_close_matches(str(name), SHIFTS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"unknown transform {name!r}{hint} Allowed are {', '.join(SHIFTS)}")
+        if not isinstance(name, str) or not (name in SHIFTS or _PERMUTE.fullmatch(name)):
+            known = [*SHIFTS, "permute"]
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ";"
+            raise UsageError(
+                f"unknown transform {name!r}{hint} allowed are {', '.join(known)}, permute1, permute2, ..."
+            )
 
 
-def prepare(image: Tensor, size: int, shifts: Sequence[str]) -> Tensor:
-    """A decoded image (3, H, W) uint8, shifted and resized to (3, size, size): the short side fitted, the centre cut."""
-    for name in shifts:
-        image = SHIFTS[name](image)
-    if image.shape[-2:] != (size, size):
-        image = tv.center_crop(tv.resize(image, [size], antialias=True), [size, size])
-    return image
+def shift(images: Tensor, names: Sequence[str]) -> Tensor:
+    """Domain shifts of images (B, 3, S, S), floats in [0, 1] or uint8, in their order."""
+    for name in names:
+        images = SHIFTS[name](images) if name in SHIFTS else _permute(images, name)
+    return images
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """The central square of images (..., 3, H, W) uint8, as (..., 3, size, size)."""
+    side = min(images.shape[-2:])
+    images = tv.center_crop(images, [side, side])
+    return images if side == size else tv.resize(images, [size, size], antialias=True)
+
+
+def _permute(images: Tensor, name: str) -> Tensor:
+    """One fixed permutation of the pixels, the same for all images."""
+    match = _PERMUTE.fullmatch(name)
+    assert match is not None
+    pixels = images.shape[-2] * images.shape[-1]
+    order = torch.randperm(pixels, generator=torch.Generator().manual_seed(int(match[1] or 0)))
+    return images.flatten(-2)[..., order.to(images.device)].view(images.shape)
 
 
 class Augmentation:
-    """Random views of a batch (B, 3, H, W) of floats in [0, 1], by policy: none, flip, crop_flip or shift."""
+    """Random views of images, by a policy for each data set."""
 
-    POLICIES = ("none", "flip", "crop_flip", "shift")
+    def __init__(self, policies: Sequence[str], seed: int) -> None:
+        for policy in policies:
+            if policy not in AUGMENTATIONS:
+                raise UsageError(f"dataset.augment={policy!r}: allowed are default, {', '.join(AUGMENTATIONS)}")
+        self.policies, self.seed = tuple(policies), seed
 
-    def __init__(self, policy: str, seed: int) -> None:
-        if policy not in self.POLICIES:
-            raise UsageError(f"dataset.augment={policy!r}: allowed are default, {', '.join(self.POLICIES)}")
-        self.policy, self.seed = policy, seed
+    def draws(self, samples: Tensor, epoch: int) -> Tensor:
+        """The numbers in [0, 1) that decide the views of ``samples`` (B,), as (B, 4) float64."""
+        return uniform(self.seed, epoch, samples, 4)
 
-    def __call__(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        """``samples`` (B,) int64 identify the images; row i depends on (seed, epoch, samples[i]) alone."""
-        if self.policy == "none":
-            return images
-        draws = uniform(self.seed, epoch, samples, 4).to(images.dtype)  # (B, 4)
-        if self.policy == "shift":
-            pixels = torch.round((draws[:, :2] - 0.5) * images.shape[-1] / 4)
-            return _sample(images, torch.ones_like(draws[:, 0]), 2 * pixels / images.shape[-1])
-        flipped = torch.where((draws[:, 3] < 0.5)[:, None, None, None], images.flip(-1), images)
-        if self.policy == "flip":
-            return flipped
-        side = (0.6 + 0.4 * draws[:, 0]).sqrt()  # of the view, whose area is 60 to 100 %
-        centre = (draws[:, 1:3] * 2 - 1) * (1 - side)[:, None]
-        return _sample(flipped, side, centre)
+    def batch(self, images: Tensor, samples: Tensor, tasks: Tensor, epoch: int) -> Tensor:
+        """Views of images (B, 3, S, S), floats in [0, 1], of the data sets ``tasks`` (B,).
+
+        ``images`` may be overwritten: new memory is what this costs on a CPU.
+        """
+        draws = self.draws(samples, epoch)
+        if len(set(self.policies)) == 1:
+            return random_views(images, self.policies[0], draws)
+        for task, policy in enumerate(self.policies):
+            rows = tasks == task
+            images[rows] = random_views(images[rows], policy, draws[rows])
+        return images
 
 
-def _sample(images: Tensor, side: Tensor, centre: Tensor) -> Tensor:
-    """Square views of relative ``side`` (B,) around ``centre`` (B, 2) in [-1, 1], bilinear, edges black."""
-    zero = torch.zeros_like(side)
-    rows = [torch.stack([side, zero, centre[:, 0]], 1), torch.stack([zero, side, centre[:, 1]], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+def random_views(images: Tensor, policy: str, draws: Tensor) -> Tensor:
+    """Views of a batch (B, 3, S, S) of floats that ``draws`` (B, 4) decide; may overwrite ``images``."""
+    if policy == "none" or len(images) == 0:
+        return images
+    mirror = torch.where(draws[:, 3] < 0.5, -1.0, 1.0)
+    if policy == "flip":
+        rows = mirror < 0
+        images[rows] = images[rows].flip(-1)
+        return images
+    if policy == "shift":
+        pixels = torch.round((draws[:, :2] - 0.5) * (images.shape[-1] / 4))  # up to an eighth of the side
+        return _view(images, torch.ones_like(draws[:, :2]), 2 * pixels / images.shape[-1])
+    side = (0.6 + 0.4 * draws[:, 0]).sqrt()  # of the view, whose area is 60 to 100 %
+    centre = (draws[:, 1:3] * 2 - 1) * (1 - side)[:, None]
+    return _view(images, torch.stack([side * mirror, side], 1), centre)
+
+
+def random_view(image: Tensor, size: int, policy: str, draws: Sequence[float]) -> Tensor:
+    """The same view of one decoded image (3, H, W) uint8, taken at its own resolution, as (3, size, size)."""
+    if policy == "shift":
+        offsets = [round((draw - 0.5) * (size / 4)) for draw in draws[:2]]
+        columns, rows = ((torch.arange(size) + offset).clamp_(0, size - 1) for offset in offsets)
+        return resize(image, size)[:, rows][:, :, columns]
+    if policy == "crop_flip":
+        whole = min(image.shape[-2:])
+        side = max(1, round(whole * crop_side(draws)))
+        left, top = (
+            (length - whole) // 2 + round((whole - side) * draw)
+            for length, draw in zip((image.shape[-1], image.shape[-2]), draws[1:3], strict=True)
+        )
+        image = image[:, top : top + side, left : left + side]
+    view = resize(image, size)
+    return view.flip(-1) if policy != "none" and draws[3] < 0.5 else view
+
+
+def crop_side(draws: Sequence[float]) -> float:
+    """The side of crop_flip's view, relative to the image's."""
+    return (0.6 + 0.4 * draws[0]) ** 0.5
+
+
+def _view(images: Tensor, sides: Tensor, centres: Tensor) -> Tensor:
+    """Views of relative ``sides`` (B, 2) around ``centres`` (B, 2) in [-1, 1], both (x, y); the border is repeated.
+
+    A negative side mirrors.
+    """
+    count, _, height, width = images.shape
+    sides, centres = sides.to(images.dtype), centres.to(images.dtype)
+    grid = images.new_empty(count, height, width, 2)
+    for axis, size in enumerate((width, height)):
+        line = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1  # pixel centres
+        at = sides[:, axis, None] * line + centres[:, axis, None]  # (B, size)
+        grid[..., axis] = at[:, None, :] if axis == 0 else at[:, :, None]
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from nostalgia.data.images import stratified_split, to_rgb
+from nostalgia.data.images import ArrayImages
 from nostalgia.data.sources import load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View, curvature_batches, stratified_choice
-from nostalgia.data.tasks import build_tasks, expand_specs
-from nostalgia.data.transforms import uniform
-from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.errors import NotFoundError, RunFailedError, UsageError
+from tests.unit.data.trees import write_tree
 
 VIEW = View(8, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
 
@@ -28,19 +27,6 @@ def loader(images: Prepared, batch: int, rank: int = 0, world: int = 1, **option
 @pytest.fixture(scope="module")
 def digits() -> Prepared:
     return Prepared([load_source("digits").val], [()], 8)
-
-
-def tree(root: Path, splits: tuple[str, ...] = ("train", "val"), classes: int = 3, images: int = 4) -> Path:
-    """A small ImageFolder tree of real digits."""
-    source = load_source("digits").train
-    for split in splits:
-        for label in range(classes):
-            folder = root / split / f"digit{label}"
-            folder.mkdir(parents=True)
-            members = (source.labels == label).nonzero().flatten()[:images]
-            for i in members.tolist():
-                Image.fromarray(source.image(i).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -82,22 +68,114 @@ def test_epochs_differ_and_augmentation_moves(digits: Prepared) -> None:
     assert not torch.equal(plain.images, first.images)
 
 
-def test_worker_processes_change_nothing(tmp_path: Path) -> None:
-    source = load_source(str(tree(tmp_path / "animals")))
-    images = Prepared([source.train], [()], 8)
-    alone, helped = (list(loader(images, 4, num_workers=n, augment="crop_flip").epoch(1)) for n in (0, 2))
-    for a, b in zip(alone, helped, strict=True):
-        assert torch.equal(a.micro_batches[0].images, b.micro_batches[0].images)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = write_tree(tmp_path_factory.mktemp("animals"), ["ant", "bee", "cat"], train=9)
+    return Prepared([load_source(str(folder)).train], [("invert",)], 8)
 
 
-def test_unreadable_image_is_named(tmp_path: Path) -> None:
-    root = tree(tmp_path / "animals")
-    broken = next((root / "train" / "digit1").iterdir())
+def test_worker_processes_change_nothing(files: Prepared) -> None:
+    alone, helped = (loader(files, 4, num_workers=n, augment="crop_flip") for n in (0, 2))
+    for epoch in (1, 2):
+        for a, b in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
+            for field in ("images", "labels", "valid", "indices", "tasks"):
+                assert torch.equal(getattr(a.micro_batches[0], field), getattr(b.micro_batches[0], field))
+
+
+def test_workers_take_up_a_new_epoch_after_one_that_was_left(files: Prepared) -> None:
+    plain, worked = (loader(files, 4, num_workers=n) for n in (0, 1))
+    next(iter(worked.epoch(1)))
+    expected = torch.cat([s.micro_batches[0].images for s in plain.epoch(2, start_step=3)])
+    assert torch.equal(torch.cat([s.micro_batches[0].images for s in worked.epoch(2, start_step=3)]), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
+    root = write_tree(tmp_path / "animals", ["ant", "bee", "cat"])
+    broken = next((root / "train" / "bee").iterdir())
     broken.write_bytes(b"not an image")
     images = Prepared([load_source(str(root)).train], [()], 8)
-    for workers in (0, 1):
-        with pytest.raises(NotFoundError, match=broken.name):
-            list(loader(images, 4, num_workers=workers).epoch(1))
+    with pytest.raises(NotFoundError, match=broken.name) as caught:
+        list(loader(images, 4, num_workers=workers).epoch(1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_dies_ends_the_run_with_one_line(files: Prepared) -> None:
+    class Deadly:
+        name, classes, labels, in_memory = "deadly", ("a",), torch.zeros(4, dtype=torch.int64), False
+
+        def __len__(self) -> int:
+            return 4
+
+        def image(self, index: int, at_least: int | None = None) -> torch.Tensor:
+            os._exit(1)
+
+        def describe(self, index: int) -> str:
+            return "deadly"
+
+    with pytest.raises(RunFailedError, match=r"a loader process died .* dataset\.num_workers"):
+        list(loader(Prepared([Deadly()], [()], 8), 2, num_workers=1).epoch(1))
+
+
+def test_skipped_steps_are_not_decoded(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "animals", ["ant", "bee", "cat"])
+    images = Prepared([load_source(str(root)).train], [()], 8)
+    one = loader(images, 3)
+    first = next(iter(one.epoch(1))).micro_batches[0].indices.tolist()
+    for index in first:
+        Path(images.datasets[0].describe(index)).write_bytes(b"broken since")
+    assert len(list(loader(images, 3).epoch(1, start_step=1))) == 5
+    with pytest.raises(NotFoundError):
+        list(loader(images, 3).epoch(1))
+
+
+def test_evaluation_is_in_order_and_as_it_is(digits: Prepared) -> None:
+    whole = torch.cat([s.micro_batches[0].indices for s in loader(digits, 16, train=False).epoch(0)])
+    assert torch.equal(whole, torch.arange(len(digits)))
+    batch = next(loader(digits, 16, train=False, augment="crop_flip").epoch(5)).micro_batches[0]
+    expected = torch.stack([digits.image(i) for i in range(16)]) / 255
+    torch.testing.assert_close(batch.images, (expected - 0.5) / 0.5)
+
+
+def test_memory_and_files_give_the_same_pixels() -> None:
+    for size in (8, 5, 32):
+        images = Prepared([load_source("digits").val], [()], size)
+        together = images.gather(torch.arange(20), torch.device("cpu"))
+        assert torch.equal(together, torch.stack([images.image(i) for i in range(20)]))
+
+
+def test_joint_data_sets_keep_their_labels_sizes_and_policies(files: Prepared) -> None:
+    source = load_source("digits")
+    fashion = ArrayImages("x", np.full((5, 11, 7, 3), 9, dtype=np.uint8), [1, 0, 1, 0, 1], ["a", "b"])
+    images = Prepared([source.val, fashion], [(), ("invert",)], 8)
+    batches = [s.micro_batches[0] for s in loader(images, 50, augment=["none", "shift"]).epoch(1)]
+    tasks, indices = (torch.cat([getattr(b, f) for b in batches]) for f in ("tasks", "indices"))
+    labels, pixels = (torch.cat([getattr(b, f) for b in batches]) for f in ("labels", "images"))
+    assert tasks.bincount().tolist() == [len(source.val), 5]
+    assert torch.equal(tasks, (indices >= len(source.val)).long())
+    order = indices[tasks == 1] - len(source.val)
+    assert torch.equal(labels[tasks == 1], fashion.labels[order])
+    torch.testing.assert_close(pixels[tasks == 1], torch.full((5, 3, 8, 8), (246 / 255 - 0.5) / 0.5))
+    first = int(indices[tasks == 0][0])
+    expected = (source.val.image(first) / 255 - 0.5) / 0.5  # policy "none": exactly the image
+    torch.testing.assert_close(pixels[tasks == 0][0], expected)
+    mixed = Prepared([source.val, files.datasets[0]], [(), ()], 8)  # one in memory, one from files
+    assert sum(len(s.micro_batches[0]) for s in loader(mixed, 50).epoch(1)) == len(mixed)
+
+
+def test_no_samples() -> None:
+    nothing = ArrayImages("x", np.zeros((0, 2, 2), dtype=np.uint8), [], ["a"])
+    with pytest.raises(UsageError, match="no samples to train on"):
+        loader(Prepared([nothing], [()], 8), 4)
+
+
+def test_a_loader_that_is_dropped_leaves_no_process(files: Prepared) -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    one = loader(files, 4, num_workers=2)
+    list(one.epoch(1))
+    assert len({child.pid for child in multiprocessing.active_children()} - before) == 2
+    del one
+    assert {child.pid for child in multiprocessing.active_children()} <= before
 
 
 def test_curvature_set_does_not_depend_on_ranks(digits: Prepared) -> None:
@@ -118,95 +196,12 @@ def test_curvature_set_keeps_class_proportions() -> None:
     assert counts.tolist() == [20, 10, 10]
 
 
-def test_augmentation_numbers_are_uniform_and_distinct() -> None:
-    draws = uniform(3, 1, torch.arange(20000), 4)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    torch.testing.assert_close(draws.mean(0), torch.full((4,), 0.5, dtype=torch.float64), atol=0.01, rtol=0)
-    assert abs(float(torch.corrcoef(draws.T)[0, 1])) < 0.03
-    assert torch.equal(uniform(3, 1, torch.tensor([7]), 4)[0], draws[7])
-
-
-def test_folder_layouts(tmp_path: Path) -> None:
-    both = load_source(str(tree(tmp_path / "a")))
-    assert (both.kind, len(both.train), len(both.val)) == ("folder", 12, 12)
-    held_out = load_source(str(tree(tmp_path / "b", splits=(".",), images=5)))
-    assert (len(held_out.train), len(held_out.val)) == (12, 3)
-    by_name = load_source("cats", root=tree(tmp_path / "root" / "cats").parent, entries={"cats": {}})
-    assert by_name.name == "cats"
-
-
-def test_idx_files(tmp_path: Path) -> None:
-    source = load_source("digits").train
-    pixels = torch.stack([source.image(i)[0] for i in range(20)]).numpy()
-    labels = source.labels[:20].numpy().astype(np.uint8)
-    for prefix in ("train", "t10k"):
-        head = bytes([0, 0, 8, 3]) + np.array([20, 8, 8], ">u4").tobytes()
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + pixels.tobytes()))
-        head = bytes([0, 0, 8, 1]) + np.array([20], ">u4").tobytes()
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
-    found = load_source("mnist", root=tmp_path)
-    assert torch.equal(found.train.image(3), source.image(3))
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01")
-    with pytest.raises(NotFoundError, match="t10k-labels"):
-        load_source("mnist", root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [("digts", UsageError, "did you mean digits"), ("caltech256", NotFoundError, "caltech256"),
-     ("../up", NotFoundError, "no such folder")],
-)  # fmt: skip
-def test_names_that_lead_nowhere(tmp_path: Path, name: str, error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        load_source(name, root=tmp_path)
-
-
-def test_faults_in_folders(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(NotFoundError, match="empty"):
-        load_source(str(tmp_path / "empty"))
-    missing = tree(tmp_path / "missing")
-    for image in (missing / "val" / "digit2").iterdir():
-        image.unlink()
-    (missing / "val" / "digit2").rmdir()
-    with pytest.raises(NotFoundError, match=r"digit2.*missing from validation"):
-        load_source(str(missing))
-    cased = tree(tmp_path / "cased")
-    (cased / "train" / "DIGIT1").mkdir()
-    with pytest.raises(NotFoundError, match="differ only in case"):
-        load_source(str(cased))
-    looped = tree(tmp_path / "looped")
-    (looped / "train" / "digit0" / "again").symlink_to(looped / "train" / "digit0")
-    assert len(load_source(str(looped)).train) == 12
-
-
-def test_task_lists() -> None:
-    specs = expand_specs(
-        [{"dataset": "digits", "classes": [5, 3]}, {"dataset": "digits", "transform": "invert"}, "digits"], "digits"
-    )
-    tasks = build_tasks(specs, load_source, seed=0)
-    assert [t.name for t in tasks] == ["task1_digits", "task2_digits", "task3_digits"]
-    assert tasks[0].classes == ("5", "3")
-    assert set(tasks[0].train.labels.tolist()) == {0, 1}
-    parts = build_tasks(expand_specs(None, "digits", 3, "classes"), load_source, seed=1)
-    assert sorted(c for t in parts for c in t.classes) == [str(c) for c in range(10)]
-    for bad in ([], [3], [{"classes": [1]}], [{"dataset": "digits", "transform": "invrt"}]):
-        with pytest.raises(UsageError):
-            expand_specs(bad, "digits")
-    with pytest.raises(UsageError, match="0 to 9"):
-        build_tasks(expand_specs([{"dataset": "digits", "classes": [10]}], "digits"), load_source, seed=0)
-
-
-def test_split_is_stratified_and_fixed() -> None:
-    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2)
-    train, val = stratified_split(labels, 0.2)
-    assert torch.bincount(labels[val]).tolist() == [2, 1, 1]
-    assert sorted([*train.tolist(), *val.tolist()]) == list(range(17))
-    assert torch.equal(stratified_split(labels, 0.2)[1], val)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "F"])
-def test_any_image_becomes_rgb(mode: str) -> None:
-    image = Image.new(mode, (4, 4))
-    assert to_rgb(image).mode == "RGB"
+@pytest.mark.parametrize("threads", [1, 3])
+def test_curvature_set_from_files_is_plain_and_may_be_empty(files: Prepared, threads: int) -> None:
+    options = {"name": "t", "num_samples": 6, "batch_size": 4, "seed": 0, "world_size": 7, "num_workers": threads}
+    shares = [curvature_batches(files, VIEW, rank=rank, **options) for rank in range(7)]
+    assert [sum(len(b) for b in share) for share in shares] == [1, 1, 1, 1, 1, 1, 0]
+    for share in shares[:6]:
+        expected = 1 - files.image(int(share[0].indices[0])) / 255  # the task's shift inverts
+        torch.testing.assert_close(share[0].images[0], (expected - 0.5) / 0.5)
+        assert share[0].valid.all()

@@ -1,0 +1,131 @@
+"""Class folders of images, scanned in a fixed order."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from nostalgia.data.images import FileImages
+from nostalgia.errors import NotFoundError
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+
+Identity = tuple[int, int]  # (device, inode) of a folder
+
+
+def class_folders(name: str, folder: Path, drop: Sequence[str] = ()) -> tuple[FileImages, FileImages | None]:
+    """``folder/{train,val|valid|test}/<class>/*``, or ``folder/<class>/*``, whose second part is None.
+
+    Raises NotFoundError: nothing there, a class without images, two that differ only in case, a link loop.
+    """
+    train, val = (_split_folder(folder, names) for names in SPLITS.values())
+    if train is not None and val is None and not _folders(train) and len(_folders(folder)) > 1:
+        train = None  # "train" is a class here, beside "plane"
+    if train is None:
+        if val is not None and _folders(val):
+            raise NotFoundError(
+                f"{folder}: {val.name}/ but no train/ beside it; to hold a part of {val.name}/ out for "
+                "validation, give its own path"
+            )
+        return scan(name, folder, drop), None
+    return scan(name, train, drop), None if val is None else scan(name, val, drop)
+
+
+def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
+    """``folder/<class>/*``: classes by name, images anywhere below them, hidden names ignored."""
+    above = {_identity(folder): str(folder)}
+    entries = list(_entries(folder))
+    classes = [entry.name for entry in entries if _is_folder(entry) and entry.name not in drop]
+    if not classes:
+        loose = sum(_is_image(entry) for entry in entries)
+        what = f"{loose} images but no class folders" if loose else "empty"
+        raise NotFoundError(f"{folder}: {what}; expected {folder}/<class>/*.png, or another image format")
+    _check_case(folder, classes)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(classes):
+        found = list(_images_below(os.path.join(folder, class_name), above, set()))
+        if not found:
+            raise NotFoundError(
+                f"{folder / class_name}: class folder without an image ({', '.join(IMG_EXTENSIONS[:4])}, ...)"
+            )
+        paths += found
+        labels += [label] * len(found)
+    return FileImages(name, paths, labels, classes)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing lies there but hidden files."""
+    return next(_entries(folder), None) is None
+
+
+def images_by_name(folder: Path) -> dict[str, str]:
+    """The images directly in ``folder``: name -> path."""
+    return {entry.name: entry.path for entry in _entries(folder) if _is_image(entry)}
+
+
+def _check_case(folder: Path, classes: Sequence[str]) -> None:
+    folded: dict[str, str] = {}
+    for name in classes:
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise NotFoundError(
+                f"{folder}: class folders {other!r} and {name!r} differ only in case; merge or rename one"
+            )
+
+
+def _images_below(folder: str, above: dict[Identity, str], seen: set[Identity]) -> Iterator[str]:
+    """Images in ``folder`` and below. One reached twice is read once; one that leads back up is a loop."""
+    identity = _identity(folder)
+    if identity in above:
+        raise NotFoundError(f"{folder}: a symbolic link back to {above[identity]}: a loop; remove it")
+    if identity in seen:
+        return
+    seen.add(identity)
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            yield from _images_below(entry.path, {**above, identity: folder}, seen)
+        elif _is_image(entry):
+            yield entry.path
+
+
+def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise NotFoundError(f"{folder}: cannot be read ({error.strerror})") from None
+    return (entry for entry in entries if not entry.name.startswith("."))
+
+
+def _folders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if _is_folder(entry)]
+
+
+def _split_folder(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        raise NotFoundError(f"{entry.path}: cannot be followed ({error.strerror}): remove the link") from None
+
+
+def _identity(folder: Path | str) -> Identity:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise NotFoundError(f"{folder}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotFoundError(f"{folder}: not a folder")
+    return status.st_dev, status.st_ino

@@ -1,0 +1,75 @@
+"""Which columns of a `datasets` table are the images and the labels, and what the labels are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nostalgia.data.catalog import Hub
+from nostalgia.errors import NotFoundError, UsageError
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+
+
+def choose_columns(rows: Any, hub: Hub, where: str) -> tuple[str, str]:
+    """The image and the label column: as configured, or the only ones that can be meant. Raises UsageError."""
+    features = rows.features
+    for wanted in (hub.image, hub.label):
+        if wanted is not None and wanted not in features:
+            raise UsageError(f"{where}: no column {wanted!r}; it has {', '.join(features)}")
+    images = [hub.image] if hub.image else [name for name, feature in features.items() if _is_image(feature)]
+    labels = [hub.label] if hub.label else _label_columns(features)
+    for kind, found in (("image", images), ("label", labels)):
+        if len(found) != 1:
+            what = f"no {kind} column"
+            if found:
+                what = f"{len(found)} columns could be the {kind}s ({', '.join(found)})"
+            raise UsageError(
+                f"{where}: {what} among {', '.join(features)}; set hub_id and {kind}_column in dataset.entries.<name>"
+            )
+    if not _is_image(features[images[0]]):
+        raise UsageError(f"{where}: column {images[0]!r} holds no images ({features[images[0]]})")
+    return images[0], labels[0]
+
+
+def label_names(rows: Any, column: str, where: str) -> list[str]:
+    """The class name of every row, without decoding an image. Raises NotFoundError for what is no class."""
+    names = getattr(rows.features[column], "names", None)
+    values = rows.select_columns([column]).with_format(None)[:][column]
+    for row, value in enumerate(values):
+        if names is not None and value is not None and not 0 <= value < len(names):
+            raise NotFoundError(
+                f"{where}, row {row}: label {value} in column {column!r} is out of range; "
+                f"allowed is 0 to {len(names) - 1}{' (a split without labels?)' if value == -1 else ''}"
+            )
+        if not isinstance(value, (int, str)):
+            raise NotFoundError(f"{where}, row {row}: label {value!r} in column {column!r} is not a class")
+    return [names[value] if names is not None else str(value) for value in values]
+
+
+def class_order(feature: Any, present: list[str]) -> tuple[str, ...]:
+    """Classes that occur: in the repository's order where it has one, numbers as numbers, else by name."""
+    found = set(present)
+    names = getattr(feature, "names", None)
+    if names is not None:
+        return tuple(name for name in names if name in found)
+    try:
+        return tuple(sorted(found, key=int))
+    except ValueError:
+        return tuple(sorted(found))
+
+
+def _is_image(feature: Any) -> bool:
+    import datasets
+
+    # Parquet files without the hub's metadata show an image as what it is stored as.
+    stored = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return stored or isinstance(feature, datasets.Image)
+
+
+def _label_columns(features: Any) -> list[str]:
+    import datasets
+
+    named = [name for name in LABEL_COLUMNS if name in features]
+    if named:
+        return named[:1]
+    return [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]

@@ -1,0 +1,107 @@
+"""The task list: what it means, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nostalgia.data.source import Source, stratified_split
+from nostalgia.data.sources import load_source
+from nostalgia.data.tasks import TaskSpec, build_tasks, expand_specs
+from nostalgia.errors import UsageError
+from tests.unit.data.trees import write_tree
+
+
+def load(name: str) -> Source:
+    return load_source(name, download=False)
+
+
+def test_a_list_in_its_order_with_classes_and_transforms() -> None:
+    entries = [{"dataset": "digits", "classes": [5, "3"]}, {"dataset": "digits", "transform": "invert"}, "digits"]
+    tasks = build_tasks(expand_specs(entries, "cifar100"), load, seed=0)
+    assert [t.name for t in tasks] == ["task1_digits", "task2_digits", "task3_digits"]
+    assert [t.index for t in tasks] == [1, 2, 3]
+    assert tasks[0].classes == ("5", "3")
+    assert tasks[0].train.labels.unique().tolist() == [0, 1]
+    digits = load("digits")
+    assert len(tasks[0].val) == int(((digits.val.labels == 5) | (digits.val.labels == 3)).sum())
+    five = int((digits.train.labels == 5).nonzero()[0])
+    mine = int((tasks[0].train.labels == 0).nonzero()[0])
+    assert torch.equal(tasks[0].train.image(mine), digits.train.image(five))
+    assert (tasks[1].transform, tasks[2].transform) == (("invert",), ())
+    assert tasks[0].source == "embedded: scikit-learn"
+
+
+def test_each_data_set_is_loaded_once() -> None:
+    asked: list[str] = []
+
+    def counted(name: str) -> Source:
+        asked.append(name)
+        return load(name)
+
+    build_tasks(expand_specs(["digits", {"dataset": "digits", "classes": [1, 2]}], "x"), counted, seed=0)
+    assert asked == ["digits"]
+
+
+def test_without_a_list() -> None:
+    assert expand_specs(None, "digits") == [TaskSpec("digits")] * 2
+    assert expand_specs(None, "digits", 3) == [TaskSpec("digits")] * 3
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [5, 5]), (3, [4, 3, 3]), (10, [1] * 10)])
+def test_a_split_by_classes_is_disjoint_whole_and_seeded(count: int, sizes: list[int]) -> None:
+    def parts(seed: int) -> list[tuple[str, ...]]:
+        return [t.classes for t in build_tasks(expand_specs(None, "digits", count, "classes"), load, seed)]
+
+    assert [len(p) for p in parts(1)] == sizes
+    assert sorted(c for part in parts(1) for c in part) == [str(c) for c in range(10)]
+    assert parts(1) == parts(1)
+    assert parts(1) != parts(2)
+
+
+def test_more_parts_than_classes() -> None:
+    with pytest.raises(UsageError, match=r"num_tasks=11 .* digits has 10 classes"):
+        build_tasks(expand_specs(None, "digits", 11, "classes"), load, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([], "name at least one task"),
+        ([3], "allowed are a data set's name"),
+        ([{"classes": [1]}], "allowed are a data set's name"),
+        ([{"dataset": "digits", "clases": [1]}], "unknown key 'clases'"),
+        ([{"dataset": "digits", "classes": 3}], "allowed is a list"),
+        ([{"dataset": "digits", "classes": []}], "allowed is a list"),
+        ([{"dataset": "digits", "transform": "invrt"}], "did you mean invert"),
+    ],
+)
+def test_malformed_lists(tasks: list, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        expand_specs(tasks, "digits")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [[10], [-1], ["ten"], [True], [1, 1], [1, "1"]])
+def test_classes_that_are_not_there_or_twice(classes: list) -> None:
+    with pytest.raises(UsageError, match=r"0 to 9|twice"):
+        build_tasks(expand_specs([{"dataset": "digits", "classes": classes}], "digits"), load, seed=0)
+
+
+def test_a_folder_with_an_odd_name_makes_a_name_for_paths(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "my ../ data (v1.0)".replace("/", "_"), ["a", "b"])
+    (task,) = build_tasks([TaskSpec(str(folder))], load, seed=0)
+    assert task.name == "task1_my_____data__v1_0_"
+    assert task.dataset == folder.name
+    long = write_tree(tmp_path / ("x" * 200), ["a", "b"])
+    assert len(build_tasks([TaskSpec(str(long))], load, seed=0)[0].name) < 80
+
+
+def test_held_out_split_is_stratified_and_fixed() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2)
+    train, val = stratified_split(labels, 0.2)
+    assert torch.bincount(labels[val]).tolist() == [2, 1, 1]
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(17))
+    assert torch.equal(stratified_split(labels, 0.2)[1], val)
