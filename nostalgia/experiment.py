@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -293,9 +294,9 @@ class Experiment:
             pairs = top_eigenpairs(operator, options, show)
         if not bool(pairs.converged.any()):
             raise RunFailedError(
-                f"{task.name}: none of {options.top_k} eigenpairs converged in {pairs.products} products (worst residual "
-                f"{float(pairs.residuals.max()):.2g}); raise nostalgia.max_products or nostalgia.tol, or use "
-                "nostalgia.precision=float64"
+                f"{task.name}: none of {options.top_k} eigenpairs converged in {pairs.products} products "
+                f"(worst residual {float(pairs.residuals.max()):.2g}); raise nostalgia.max_products or "
+                "nostalgia.tol, or use nostalgia.precision=float64"
             )
         update = parts.method.finish_task(task.index, pairs)
         self._save_curvature(task, operator, pairs, update)
@@ -337,8 +338,7 @@ class Experiment:
             return
         where = self.folder / "curvature"
         where.mkdir(exist_ok=True)
-        save_file({"basis": basis.cpu().contiguous()}, where / f"task{task.index}.safetensors.tmp")
-        (where / f"task{task.index}.safetensors.tmp").replace(where / f"task{task.index}.safetensors")
+        _save_basis(basis, where / f"task{task.index}.safetensors")
         write_json(
             where / f"task{task.index}.json",
             {
@@ -365,7 +365,12 @@ class Experiment:
 
         steps = min(40, operator.size)
         result = spectral_density(
-            operator, num_runs=4, lanczos_steps=steps, num_grid_points=1000, seed=0, backend=SpaceBackend(operator.space)
+            operator,
+            num_runs=4,
+            lanczos_steps=steps,
+            num_grid_points=1000,
+            seed=0,
+            backend=SpaceBackend(operator.space),
         )
         return {"grid": result.grid.tolist(), "density": result.density.tolist()}
 
@@ -394,7 +399,7 @@ class Experiment:
                 worst = max(float(pairs.residuals[i] / pairs.eigenvalues[i].abs().clamp_min(1e-300)) for i in missed)
                 self.console.print(
                     f"warning: {task.name}: eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge in "
-                    f"{pairs.products} products (worst relative residual {worst:.2g}, tol {pairs.tol:g}); they are left "
+                    f"{pairs.products} products (worst relative {worst:.2g}, tol {pairs.tol:g}); they are left "
                     f"out, {update.added} are kept",
                     highlight=False,
                 )
@@ -422,6 +427,17 @@ class Experiment:
         )
 
 
+def _save_basis(basis: torch.Tensor, path: Path) -> None:
+    """Write eigenvectors (k, P), whole or not at all; raises OSError where they cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({"basis": basis.cpu().contiguous()}, temporary)
+    except SafetensorError as error:  # the library's own name for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from None
+    temporary.replace(path)
+
+
 def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     """What the start panel shows."""
     config, accelerator = parts.config, parts.accelerator
@@ -437,7 +453,9 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         method=parts.method.name,
         seed=config.experiment.seed,
         tasks=[
-            TaskInfo(name=t.name, num_classes=len(t.classes), num_train=len(t.train), num_val=len(t.val), source=t.source)
+            TaskInfo(
+                name=t.name, num_classes=len(t.classes), num_train=len(t.train), num_val=len(t.val), source=t.source
+            )
             for t in parts.tasks
         ],
         model=config.model.name,

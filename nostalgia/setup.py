@@ -52,7 +52,9 @@ class Parts:
     def loader(self, tasks: list[Task], train: bool, name: str | None = None) -> TaskLoader:
         """Batches of one task, or of several together (joint training)."""
         dataset, accelerator = self.config.dataset, self.accelerator
-        images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], self.view.image_size)
+        images = Prepared(
+            [t.train if train else t.val for t in tasks], [t.transform for t in tasks], self.view.image_size
+        )
         augment = tasks[0].augment if dataset.augment == "default" else dataset.augment
         return TaskLoader(
             images,
@@ -123,7 +125,11 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
     backbone.to(device=accelerator.device, dtype=dtype)
     if config.model.norm_statistics == "frozen":
         norm_statistics.freeze(backbone)
-    elif strategy(accelerator) == "ddp" and accelerator.device.type == "cuda" and norm_statistics.has_batch_norm(backbone):
+    elif (
+        strategy(accelerator) == "ddp"
+        and accelerator.device.type == "cuda"
+        and norm_statistics.has_batch_norm(backbone)
+    ):
         norm_statistics.synchronise(backbone)
     projected = projected_parameters(backbone, config.nostalgia.project_params)
     placement = "sharded" if strategy(accelerator) == "fsdp2" else "auto"
@@ -136,7 +142,7 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
     method, memory = make_method(config)
     if method.needs_curvature and config.nostalgia.top_k > space.size:
         raise UsageError(
-            f"nostalgia.top_k={config.nostalgia.top_k}: allowed is 1 to {space.size}, the number of projected parameters"
+            f"nostalgia.top_k={config.nostalgia.top_k}: allowed 1 to {space.size}, the number of projected parameters"
         )
     view = View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
     return Parts(

@@ -6,8 +6,12 @@ import os
 import sys
 import traceback
 import warnings
+from typing import TYPE_CHECKING
 
 from nostalgia.errors import NostalgiaError
+
+if TYPE_CHECKING:
+    from nostalgia.parallel.failure import FailureWatch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     except NostalgiaError as error:
         _stop(watch, error.exit_code, f"error: {error}")
         leave(error.exit_code)
+    except OSError as error:  # of the run's own files: data and weights come as NotFoundError
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _stop(watch, 4, f"error: the run's files cannot be written: {where}; free space or name another folder")
+        leave(4)
     except KeyboardInterrupt:
         _stop(watch, 130, "interrupted")
         leave(130)
@@ -47,15 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _stop(watch: object, exit_code: int, line: str) -> None:
+def _stop(watch: FailureWatch | None, exit_code: int, line: str) -> None:
     """Print ``line`` once for the whole run: by the first rank that failed, or rank 0 before ranks know each other."""
-    from nostalgia.parallel.failure import FailureWatch
-
-    if isinstance(watch, FailureWatch):
-        first = watch.announce(exit_code, line)
-    else:
-        first = os.environ.get("RANK", "0") == "0"
-    if first:
+    if watch.announce(exit_code, line) if watch is not None else os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
 

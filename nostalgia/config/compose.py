@@ -150,7 +150,9 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--suite", metavar="NAME", help=f"one of {', '.join(_options('suite'))}")
     parser.add_argument("--debug", action="store_true", help="a few batches and products a task, deterministic")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, with each data set; train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
+    )
     parser.add_argument("--config", metavar="FILE", help="run a saved config.yaml again")
     parser.add_argument("--quiet", action="store_true", help="do not print the configuration")
     return parser

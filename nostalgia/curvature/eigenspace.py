@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -43,13 +44,13 @@ def task_operator(
     space: VectorSpace | None = None,
 ) -> BatchedOperator:
     """The curvature of a task's mean loss over its curvature set; ``batches`` are this rank's share."""
-    common = dict(
-        method=options.method,
-        precision=options.precision,
-        retain_graph=options.retain_graph,
-        compile=options.compile,
-        space=space,
-    )
+    common: dict[str, Any] = {
+        "method": options.method,
+        "precision": options.precision,
+        "retain_graph": options.retain_graph,
+        "compile": options.compile,
+        "space": space,
+    }
     if options.kind == "hessian":
         return HessianOperator(model, loss_fn, batches, parameters, accelerator, **common)
     if options.kind == "ggn":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,17 +48,3 @@ def evaluate(
             module.training = mode
     loss, correct, total = accelerator.reduce(sums, "sum").tolist()
     return Score(accuracy=correct / total, loss=loss / total, correct=round(correct), num_samples=round(total))
-
-
-def evaluate_tasks(
-    backbone: nn.Module, heads: Sequence[nn.Module], loaders: Sequence[TaskLoader], accelerator: Accelerator
-) -> list[Score]:
-    """Score of each task under its own head (task-incremental: the task is known)."""
-    raise_if = len(heads) != len(loaders)
-    assert not raise_if, "one head and one loader a task"
-    from nostalgia.training.task_model import TaskModel
-
-    return [
-        evaluate(TaskModel(backbone, [head]), loader, accelerator)
-        for head, loader in zip(heads, loaders, strict=True)
-    ]

@@ -29,7 +29,7 @@ class StepRule(Protocol):
         optimizer.step()
 
     def leak(self) -> float | None:
-        """Share of the displacement since the task's start that lies where it must not, None where nothing is projected."""
+        """Share of the displacement since the start that lies where it must not, None where nothing is projected."""
         return None
 
 

@@ -1,7 +1,7 @@
 """All ranks stop together: the first to fail says why, once, and the others follow with its exit code.
 
-A rank that fails leaves its code and line in the process group's store. Every rank watches the store from a thread: one
-that is stuck in a collective, waiting for the rank that failed, ends within seconds and not at the collective's timeout.
+A rank that fails leaves its code and line in the process group's store. Every rank watches the store from a thread:
+one that is stuck in a collective, waiting for the rank that failed, ends within seconds and not at its timeout.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class GradientProjector:
 
     @torch.no_grad()
     def leak(self) -> float | None:
-        """|component of theta - a in the span of the stored Q| / |theta - a|; None without a memory or a displacement."""
+        """|part of theta - a in the span of the stored Q| / |theta - a|; None without a memory or a displacement."""
         if not self.active:
             return None
         assert self.anchor is not None

@@ -137,13 +137,13 @@ def make_optimizer(model: nn.Module, options: Optimization) -> Optimizer:
     """The optimizer over the parameters that require a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if options.optimizer == "sgd":
-        return SGD(
-            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-        )
+        return SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     return AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
 
-def make_scheduler(optimizer: Optimizer, options: Optimization, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
+def make_scheduler(
+    optimizer: Optimizer, options: Optimization, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Linear warm-up, then cosine to zero or constant; one call to ``step`` a taken optimizer step, on every rank."""
     total = max(1, options.epochs * steps_per_epoch)
     name = "cosine" if options.scheduler == "cosine" else "constant_with_warmup"

@@ -114,3 +114,21 @@ def test_refusals(tmp_path: Path, words: tuple[str, ...], code: int, message: st
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_goes_away_ends_in_one_line(tmp_path: Path) -> None:
+    """A file where a result's folder has to be made stands for any disk that stops taking writes."""
+    program = (
+        "import sys; from pathlib import Path; import nostalgia.experiment as e; from nostalgia.train import main\n"
+        "original = e.make_run_folder\n"
+        "def blocked(*given):\n"
+        "    folder = original(*given); (folder / 'curvature').write_text('in the way'); return folder\n"
+        "e.make_run_folder = blocked; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *SMALL, "--debug", f"experiment.output_dir={tmp_path / 'runs'}"],
+        cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr

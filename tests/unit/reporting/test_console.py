@@ -35,7 +35,7 @@ def run_info(**changes: object) -> RunInfo:
         "accumulation_steps": 2,
         "global_batch_size": 512,
         "epochs": [50, 50],
-        "run_dir": Path("/home/someone/with/a/long/path/to/runs/main/2025-01-01_12-00-00-and-more-of-it"),
+        "run_dir": Path("/scratch/someone/with/a/long/path/to/runs/main/2025-01-01_12-00-00-and-more-of-it"),
         "suite": "main",
         "basis_columns": 128,
         "basis_bytes": 128 * 442_368 * 4,
