@@ -11,56 +11,45 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
+from nostalgia.checkpoint.store import TASK_END, Contents
+from nostalgia.checkpointing import Checkpointer
 from nostalgia.config import Request
-from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
-from nostalgia.curvature.operators import BatchedOperator
-from nostalgia.data.stream import Batch, Prepared, curvature_batches
+from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
-from nostalgia.errors import RunFailedError
+from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
-from nostalgia.linalg.backend import SpaceBackend
-from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress
-from nostalgia.linalg.subspace import principal_angles
+from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
 from nostalgia.models import make_head, norm_statistics
-from nostalgia.models.backbones import projected_parameters
 from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
-from nostalgia.parallel.coordination import agree
 from nostalgia.parallel.guard import check_consistency
 from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
 from nostalgia.reporting.drawing import draw_run
-from nostalgia.reporting.files import write_json
 from nostalgia.reporting.progress import Progress
 from nostalgia.reporting.results import RunResults, write_results
 from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.run_log import RunLog
 from nostalgia.reporting.streams import make_console
-from nostalgia.setup import (
-    Parts,
-    build_parts,
-    curvature_options,
-    make_run_folder,
-    optimization,
-    versions,
-)
-from nostalgia.training.loop import Phase, run_phase
-from nostalgia.training.task_model import TaskModel, loss_sum
+from nostalgia.resume import Resumed, open_run
+from nostalgia.run_state import STAGES, RunState
+from nostalgia.setup import Parts, build_parts, checkpoint_schedule, optimization, versions
+from nostalgia.snapshot import Snapshot
+from nostalgia.training.loop import Phase, Training
+from nostalgia.training.task_model import TaskModel
 
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
     """Run what the command line asks for; returns the run's folder (None for a dry run)."""
+    folder, resumed = (None, None) if request.dry_run else open_run(request, accelerator)
     config = request.config
     set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
     if config.train.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
-    folder = None if request.dry_run else make_run_folder(config, accelerator)
     parts = build_parts(config, accelerator, precision)
     console = make_console(quiet=not accelerator.is_main_process)
     print_config(
@@ -73,8 +62,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     if folder is None:
         return None
     with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
-        experiment = Experiment(parts, request, folder, progress)
-        experiment.console = console
+        experiment = Experiment(parts, folder, progress, resumed)
         results = experiment.run()
     if accelerator.is_main_process:
         paths = write_results(folder / "results", results)
@@ -89,150 +77,222 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
 
 
 class Experiment:
-    """The tasks of a run, one after the other."""
+    """The rounds of a run, one after the other: a round is one task, or all of them for joint training."""
 
-    def __init__(self, parts: Parts, request: Request, folder: Path, progress: Progress) -> None:
+    def __init__(self, parts: Parts, folder: Path, progress: Progress, resumed: Resumed | None = None) -> None:
         self.parts, self.folder, self.progress = parts, folder, progress
         self.config, self.accelerator = parts.config, parts.accelerator
         self.console = progress.console
-        logger = self.config.logger
-        self.log = RunLog(
-            folder,
-            self.accelerator,
-            tensorboard=logger.tensorboard,
-            wandb=None
-            if not logger.use_wandb
-            else {
-                "project": logger.project,
-                "entity": logger.entity,
-                "name": logger.name,
-                "group": logger.group,
-                "tags": logger.tags,
-                "mode": logger.mode,
-            },
-            save_dir=None if logger.save_dir is None else Path(logger.save_dir),
-            config=OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True),  # type: ignore[arg-type]
-            warn=lambda line: self.console.print(f"warning: {line}", highlight=False),
+        self.log = self._make_log(None if resumed is None else resumed.log_position)
+        self.state = RunState()
+        self.curvature = CurvaturePhase(parts, folder, progress, self.log)
+        self.checkpoints = Checkpointer(
+            folder, self.accelerator, checkpoint_schedule(self.config), self._contents, self._warn
         )
-        self.step = 0
-        self.matrix: list[list[float | None]] = []
-        self.before: list[float | None] = []
-        self.baseline: list[float | None] = []
-        self.seconds: list[float] = []
-        self.bases: dict[str, Any] = {}  # earlier tasks' eigenspaces, for the angles between them
         self.initial = {k: v.detach().cpu().clone() for k, v in parts.backbone.state_dict().items()}
+        self.snapshot = Snapshot(parts, self.curvature, self.initial)
         # Evaluation images are few and read again after every task: their loaders are made once.
         self.val_loaders = [parts.loader([task], train=False) for task in parts.tasks]
+        self.rounds = [parts.tasks] if parts.method.joint else [[task] for task in parts.tasks]
+        self.training: Training | None = None  # the phase in progress
+        self.observer: PhaseObserver | None = None  # of it
+        self.warm_head: nn.Module | None = None
+        self.resumed = resumed if resumed is not None and resumed.state is not None else None
+        self.solve: LanczosState | None = None  # an eigensolve to go on with
+        self._started = self._round_started = time.perf_counter()
+        if self.resumed is not None:
+            self.state = self.snapshot.restore(self.resumed)
+            self.log.step = self.state.step
 
     def run(self) -> RunResults:
-        started = time.perf_counter()
-        if self.parts.method.joint:
-            self._joint()
-        else:
-            for task in self.parts.tasks:
-                with self.progress.task(task.index, task.name):
-                    self._task(task)
+        self.checkpoints.stop.listen()
+        try:
+            while self.state.round <= len(self.rounds):
+                self._round(self.rounds[self.state.round - 1])
+        except NostalgiaError:
+            self.checkpoints.close()  # what is being written is the last good one
+            raise
+        self.checkpoints.close()
         warm = self.config.train.head_warmup_epochs > 0 and not self.parts.method.joint
         return RunResults.of(
             tasks=[t.name for t in self.parts.tasks],
             classes=[t.classes for t in self.parts.tasks],
-            accuracy_matrix=self.matrix,
-            before_accuracies=self.before if warm else None,
-            baseline_accuracies=self.baseline if warm else None,
+            accuracy_matrix=self.state.matrix,
+            before_accuracies=self.state.before if warm else None,
+            baseline_accuracies=self.state.baseline if warm else None,
             method=self.parts.method.name,
             seed=self.config.experiment.seed,
             world_size=self.accelerator.num_processes,
-            seconds=time.perf_counter() - started,
+            seconds=self._elapsed(),
             versions=versions(),
-            details={"model": self.config.model.name, "seconds_per_task": self.seconds},
+            details={"model": self.config.model.name, "seconds_per_task": self.state.seconds},
         )
 
-    # -- one task --------------------------------------------------------------------------------------------------
+    # -- a round, stage by stage -----------------------------------------------------------------------------------
 
-    def _task(self, task: Task) -> None:
-        started, parts = time.perf_counter(), self.parts
-        loader = parts.loader([task], train=True)
-        head = self._new_head(task)
-        warmup = self.config.train.head_warmup_epochs
-        if warmup:
-            head = self._warm_up(task, loader, head)
-        observer = self._observer(task, loader)
-        model = self._phase([head], loader, self.parts.epochs(task), observer)
-        self.step += observer.steps
-        parts.backbone, head = model.backbone, model.heads[0]  # type: ignore[assignment]
+    def _round(self, tasks: list[Task]) -> None:
+        self._round_started = time.perf_counter()
+        stages = {
+            "baseline": self._baseline,
+            "warmup": self._warm_up,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "curvature": self._curvature,
+        }
+        with self.progress.task(self.state.round, tasks[0].name if len(tasks) == 1 else "joint"):
+            for stage in STAGES[STAGES.index(self.state.stage) :]:
+                self.state.stage = stage
+                if self.resumed is not None and self.resumed.phase is None:
+                    self.solve = self.resumed.solve
+                    self._stand_where_it_was()
+                stages[stage](tasks)
+            state = self.state
+            state.seconds.append(self._round_elapsed())
+            state.round, state.stage, state.round_elapsed, state.leak = state.round + 1, STAGES[0], 0.0, None
+            self._round_started = time.perf_counter()
+            self.checkpoints.reach(TASK_END)
+
+    def _baseline(self, tasks: list[Task]) -> None:
+        """What a head alone gives on the backbone the run began with: forward transfer is measured against it."""
+        if not self._warms_up:
+            return
+        if tasks[0].index == 1:
+            self.state.baseline.append(None)  # the first task's counts nowhere
+            return
+        backbone = copy.deepcopy(self.parts.backbone)
+        backbone.load_state_dict(self.initial)
+        self.state.baseline.append(self._fit_head(tasks[0], backbone, record=False)[1].accuracy)
+
+    def _warm_up(self, tasks: list[Task]) -> None:
+        """Fit the new head alone, and measure what it gives before the task's own training."""
+        if not self._warms_up:
+            return
+        self.warm_head, score = self._fit_head(tasks[0], self.parts.backbone, record=True)
+        self.state.before.append(score.accuracy)
+        self.log.evaluation(
+            step=self.state.step,
+            tasks=[tasks[0].name],
+            accuracies=[score.accuracy],
+            losses=[score.loss],
+            split="before",
+        )
+
+    def _train(self, tasks: list[Task]) -> None:
+        heads = [self._new_head(task) for task in tasks] if self.warm_head is None else [self.warm_head]
+        name = tasks[0].name if len(tasks) == 1 else "joint"
+        loader = self.parts.loader(tasks, train=True, name=name)
+        epochs = self.parts.epochs(tasks[0]) if len(tasks) == 1 else self.config.train.epochs
+        validate = self._validation(tasks[0]) if len(tasks) == 1 else None
+        observer = PhaseObserver(self.progress, self.log, name, self.state.step, validate=validate)
+        model = self._phase(self.parts.backbone, heads, loader, epochs, observer)
+        self.warm_head = None
+        self.state.step += observer.steps
+        self.state.leak = observer.leak
+        parts = self.parts
+        parts.backbone = model.backbone  # type: ignore[assignment]
         norm_statistics.average_over_ranks(parts.backbone)
-        parts.heads.append(head)
-        parts.norm_statistics.append(norm_statistics.capture(parts.backbone))
-        scores = self._evaluate_seen()
-        self.matrix.append([s.accuracy for s in scores] + [None] * (len(parts.tasks) - len(scores)))
-        pairs, update = self._curvature(task, loader.images) if parts.method.needs_curvature else (None, None)
-        self.seconds.append(time.perf_counter() - started)
-        self._report(task, pairs, update, observer.leak)
+        parts.heads += list(model.heads)
+        parts.norm_statistics += [norm_statistics.capture(parts.backbone)] * len(tasks)
+
+    def _evaluate(self, tasks: list[Task]) -> None:
+        """A row of the accuracy matrix: each task seen, with its own head and batch-norm statistics."""
+        parts, count = self.parts, len(self.parts.tasks)
+        own = self.config.model.norm_statistics == "per_task"
+        scores = []
+        for task, head, statistics in zip(parts.tasks, parts.heads, parts.norm_statistics, strict=False):
+            with norm_statistics.using(parts.backbone, statistics if own else None):
+                scores.append(self._score(TaskModel(parts.backbone, [head]), task))
+        self.log.evaluation(
+            step=self.state.step,
+            tasks=[t.name for t in parts.tasks[: len(scores)]],
+            accuracies=[s.accuracy for s in scores],
+            losses=[s.loss for s in scores],
+        )
+        matrix = self.state.matrix
+        matrix.extend([None] * count for _ in range(len(scores) - 1 - len(matrix)))  # joint fills the last row only
+        matrix.append([s.accuracy for s in scores] + [None] * (count - len(scores)))
+
+    def _curvature(self, tasks: list[Task]) -> None:
+        pairs, update = None, None
+        if self.parts.method.needs_curvature:
+            images = self.parts.loader(tasks, train=True).images
+            solve, self.solve = self.solve, None
+            pairs, update = self.curvature.run(tasks[0], images, solve, self.checkpoints.after_product)
+        if not self.parts.method.joint:
+            self._report(tasks[0], pairs, update)
+
+    # -- phases of training ----------------------------------------------------------------------------------------
+
+    @property
+    def _warms_up(self) -> bool:
+        return self.config.train.head_warmup_epochs > 0 and not self.parts.method.joint
 
     def _new_head(self, task: Task) -> nn.Module:
         seed = self.config.experiment.seed * 1000 + task.index
         head = make_head(self.parts.backbone.feature_dim, len(task.classes), seed)
         return head.to(device=self.accelerator.device, dtype=self.parts.view.dtype)
 
-    def _warm_up(self, task: Task, loader: Any, head: nn.Module) -> nn.Module:
-        """Fit the head alone; measure what it gives on this backbone and on the one the run began with."""
-        for name, accuracies in (("baseline", self.baseline), ("before", self.before)):
-            if name == "baseline" and task.index == 1:
-                accuracies.append(None)  # the first task's counts nowhere
-                continue
-            backbone = self.parts.backbone
-            fresh = copy.deepcopy(head)
-            if name == "baseline":
-                backbone = copy.deepcopy(backbone)
-                backbone.load_state_dict(self.initial)
-            observer = self._observer(task, None, label="warmup")
-            observer.record = name == "before"
-            backbone.set_trainable(False)
-            epochs = self.config.train.head_warmup_epochs
-            model = self._phase([fresh], loader, epochs, observer, backbone=backbone, head_only=True)
-            model.backbone.set_trainable(True)  # type: ignore[operator]
-            score = self._score(model.backbone, model.heads[0], task)
-            accuracies.append(score.accuracy)
-            if name == "before":
-                self.step += observer.steps
-                self.parts.backbone = model.backbone  # type: ignore[assignment]
-                self.log.evaluation(
-                    step=self.step, tasks=[task.name], accuracies=[score.accuracy], losses=[score.loss], split="before"
-                )
-        return model.heads[0]
+    def _fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
+        """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
+        loader = self.parts.loader([task], train=True)
+        observer = PhaseObserver(
+            self.progress,
+            self.log,
+            task.name,
+            self.state.step,
+            label="warmup",
+            record=record,
+            finish=lambda model: self._score(model, task),
+        )
+        backbone.set_trainable(False)  # type: ignore[operator]
+        epochs = self.config.train.head_warmup_epochs
+        model = self._phase(backbone, [self._new_head(task)], loader, epochs, observer, head_only=True)
+        model.backbone.set_trainable(True)  # type: ignore[operator]
+        if record:
+            self.state.step += observer.steps
+            self.parts.backbone = model.backbone  # type: ignore[assignment]
+        assert observer.score is not None
+        return model.heads[0], observer.score
 
     def _phase(
         self,
+        backbone: nn.Module,
         heads: list[nn.Module],
         loader: Any,
         epochs: int,
         observer: PhaseObserver,
         *,
-        backbone: nn.Module | None = None,
         head_only: bool = False,
     ) -> TaskModel:
         """Train heads, with the backbone unless ``head_only``; returns them, unwrapped."""
-        parts, config = self.parts, self.config
-        index = len(parts.heads) + 1
-        model = TaskModel(backbone if backbone is not None else parts.backbone, heads)
-        wrap_by_layer(self.accelerator, model.backbone)
+        config = self.config
+        wrap_by_layer(self.accelerator, backbone)
         phase = Phase(
             accelerator=self.accelerator,
             optimization=optimization(config, epochs, head_only=head_only),
             observer=observer,
-            rule=(lambda _: PlainStep()) if head_only else (lambda p: self._step_rule(index, p)),
-            projected=() if head_only else parts.projected,
+            rule=(lambda _: PlainStep()) if head_only else self._step_rule,
+            projected=() if head_only else self.parts.projected,
             log_every=config.train.log_every_n_steps,
             max_steps_per_epoch=config.train.max_steps_per_epoch,
             frozen_backbone=head_only,
             guard=self._guard,
             guard_every=config.nostalgia.guard_every_n_steps,
             where=observer.task,
+            after_step=self._after_step,
         )
-        return run_phase(model, loader, phase)
+        self.training, self.observer = Training(TaskModel(backbone, heads), loader, phase), observer
+        if self.resumed is not None and self.resumed.phase is not None:
+            self.training.restore(self.resumed.phase, self.resumed.source)
+            observer.leak = self.state.leak
+            self._stand_where_it_was()
+        try:
+            return self.training.run()
+        finally:
+            self.training = self.observer = None
 
-    def _step_rule(self, index: int, parameters: Any) -> StepRule:
-        return self.parts.method.step_rule(index, parameters)
+    def _step_rule(self, parameters: Any) -> StepRule:
+        return self.parts.method.step_rule(self.state.round, parameters)
 
     def _guard(self, parameters: dict[str, torch.Tensor], where: str) -> None:
         memory = self.parts.memory
@@ -241,167 +301,73 @@ class Experiment:
             tensors["the memory's basis"] = memory.basis
         check_consistency(tensors, where)
 
-    def _observer(self, task: Task, loader: Any, label: str = "train") -> PhaseObserver:
+    def _validation(self, task: Task) -> Any:
+        return lambda model: self._score(model, task)
+
+    def _score(self, model: nn.Module, task: Task) -> Score:
         limit = self.config.train.max_eval_batches
-        val = self.val_loaders[task.index - 1]
-        validate = None if label == "warmup" else lambda model: evaluate(model, val, self.accelerator, limit)
-        return PhaseObserver(self.progress, self.log, task.name, self.step, label, validate)
+        return evaluate(model, self.val_loaders[task.index - 1], self.accelerator, limit, self.checkpoints.reach)
 
-    def _score(self, backbone: nn.Module, head: nn.Module, task: Task) -> Score:
-        limit = self.config.train.max_eval_batches
-        return evaluate(TaskModel(backbone, [head]), self.val_loaders[task.index - 1], self.accelerator, limit)
+    # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _evaluate_seen(self) -> list[Score]:
-        """Each task seen, under its own head and, by choice, its own batch-norm statistics."""
-        parts = self.parts
-        own = self.config.model.norm_statistics == "per_task"
-        scores = []
-        for task, head, statistics in zip(parts.tasks, parts.heads, parts.norm_statistics, strict=False):
-            with norm_statistics.using(parts.backbone, statistics if own else None):
-                scores.append(self._score(parts.backbone, head, task))
-        self.log.evaluation(
-            step=self.step,
-            tasks=[t.name for t in parts.tasks[: len(scores)]],
-            accuracies=[s.accuracy for s in scores],
-            losses=[s.loss for s in scores],
-        )
-        return scores
+    def _after_step(self, epoch_done: bool) -> None:
+        assert self.training is not None
+        self.checkpoints.after_step(self.training.taken, epoch_done)
 
-    # -- curvature -------------------------------------------------------------------------------------------------
+    def _contents(self, kind: str) -> Contents:
+        """All that the run depends on from here; a collective."""
+        state = self.state
+        saved = copy.copy(state)
+        saved.elapsed, saved.round_elapsed = self._elapsed(), self._round_elapsed()
+        if self.observer is not None:
+            saved.leak = self.observer.leak
+        return self.snapshot.take(kind, saved, self.training, self.log.position())
 
-    def _curvature(self, task: Task, images: Prepared) -> tuple[Eigenpairs, MemoryUpdate]:
-        """The finished task's eigenpairs into the method's memory and the run's files."""
-        parts, options = self.parts, curvature_options(self.config)
-        batches = agree(
-            self.accelerator,
-            lambda: curvature_batches(
-                images,
-                parts.view,
-                name=task.name,
-                num_samples=self.config.nostalgia.num_samples,
-                batch_size=self.config.nostalgia.batch_size,
-                seed=self.config.experiment.seed,
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
-            ),
-        )
-        operator = self._operator(batches, options)
-        with self.progress.eigensolve(options.top_k) as display:
+    def _stand_where_it_was(self) -> None:
+        """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
+        assert self.resumed is not None
+        self.snapshot.restore_random_state(self.resumed)
+        self.resumed = None
 
-            def show(progress: LanczosProgress) -> None:
-                display.products(progress.products, progress.converged)
+    def _elapsed(self) -> float:
+        return self.state.elapsed + time.perf_counter() - self._started
 
-            pairs = top_eigenpairs(operator, options, show)
-        if not bool(pairs.converged.any()):
-            raise RunFailedError(
-                f"{task.name}: none of {options.top_k} eigenpairs converged in {pairs.products} products "
-                f"(worst residual {float(pairs.residuals.max()):.2g}); raise nostalgia.max_products or "
-                "nostalgia.tol, or use nostalgia.precision=float64"
-            )
-        update = parts.method.finish_task(task.index, pairs)
-        self._save_curvature(task, operator, pairs, update)
-        return pairs, update
+    def _round_elapsed(self) -> float:
+        return self.state.round_elapsed + time.perf_counter() - self._round_started
 
-    def _operator(self, batches: list[Batch], options: Any) -> BatchedOperator:
-        parts, smoothing = self.parts, self.config.train.label_smoothing
+    def _warn(self, line: str) -> None:
+        self.console.print(f"warning: {line}", highlight=False)
 
-        def loss_fn(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-            return loss_sum(model(batch.images), batch, smoothing), len(batch)
-
-        model: nn.Module = TaskModel(parts.backbone, [parts.heads[-1]])
-        if options.method == "finite_difference" and strategy(self.accelerator) == "fsdp2":
-            # Two ordinary gradients of the sharded model: nothing is gathered.
-            wrap_by_layer(self.accelerator, parts.backbone)
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-            model, _ = self.accelerator.prepare(copy.deepcopy(model), optimizer)
-        available = projected_parameters(model.backbone, self.config.nostalgia.project_params)  # type: ignore[arg-type]
-        parameters = {name: available[name] for name in parts.projected}
-        return task_operator(model, loss_fn, batches, parameters, self.accelerator, options, parts.space)
-
-    def _save_curvature(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate) -> None:
-        memory, space = self.parts.memory, pairs.space
-        angles = {
-            name: principal_angles(basis, pairs.eigenvectors, space).tolist() for name, basis in self.bases.items()
+    def _make_log(self, position: dict[str, int] | None) -> RunLog:
+        logger = self.config.logger
+        wandb = {
+            "project": logger.project,
+            "entity": logger.entity,
+            "name": logger.name,
+            "group": logger.group,
+            "tags": logger.tags,
+            "mode": logger.mode,
         }
-        self.bases[task.name] = pairs.eigenvectors
-        density = self._density(operator) if self.config.nostalgia.spectral_density else None
-        basis = space.gather_flat(pairs.eigenvectors)
-        self.log.curvature(
-            task.name,
-            pairs.eigenvalues.tolist(),
-            residuals=pairs.residuals.tolist(),
-            products=pairs.products,
-            seconds=pairs.seconds,
-            memory_columns=memory.columns,
-        )
-        if not self.accelerator.is_main_process:
-            return
-        where = self.folder / "curvature"
-        where.mkdir(exist_ok=True)
-        _save_basis(basis, where / f"task{task.index}.safetensors")
-        write_json(
-            where / f"task{task.index}.json",
-            {
-                "task": task.name,
-                "eigenvalues": pairs.eigenvalues.tolist(),
-                "residuals": pairs.residuals.tolist(),
-                "converged": pairs.converged.tolist(),
-                "tol": pairs.tol,
-                "products": pairs.products,
-                "collectives": pairs.collectives,
-                "bytes_moved": pairs.bytes_moved,
-                "seconds": pairs.seconds,
-                "curvature": self.config.nostalgia.curvature,
-                "memory_eigenvalues": memory.eigenvalues.tolist(),
-                "memory_dropped": update.dropped,
-                "principal_angles": angles,
-                **({"density": density} if density else {}),
-            },
+        return RunLog(
+            self.folder,
+            self.accelerator,
+            tensorboard=logger.tensorboard,
+            wandb=wandb if logger.use_wandb else None,
+            save_dir=None if logger.save_dir is None else Path(logger.save_dir),
+            config=OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True),  # type: ignore[arg-type]
+            resume=position,
+            warn=self._warn,
         )
 
-    def _density(self, operator: BatchedOperator) -> dict[str, list[float]]:
-        """Density of the whole spectrum, by stochastic Lanczos quadrature (hessian-eigenthings, on our operator)."""
-        from hessian_eigenthings.algorithms.spectral_density import spectral_density
-
-        steps = min(40, operator.size)
-        result = spectral_density(
-            operator,
-            num_runs=4,
-            lanczos_steps=steps,
-            num_grid_points=1000,
-            seed=0,
-            backend=SpaceBackend(operator.space),
-        )
-        return {"grid": result.grid.tolist(), "density": result.density.tolist()}
-
-    # -- the rest --------------------------------------------------------------------------------------------------
-
-    def _joint(self) -> None:
-        """All tasks' data together, one head each: fills the last row of the matrix only."""
-        parts = self.parts
-        loader = parts.loader(parts.tasks, train=True, name="joint")
-        heads = [self._new_head(task) for task in parts.tasks]
-        observer = PhaseObserver(self.progress, self.log, "joint", 0)
-        with self.progress.task(1, "joint"):
-            model = self._phase(heads, loader, self.config.train.epochs, observer)
-        self.step = observer.steps
-        parts.backbone, parts.heads = model.backbone, list(model.heads)  # type: ignore[assignment]
-        norm_statistics.average_over_ranks(parts.backbone)
-        parts.norm_statistics = [norm_statistics.capture(parts.backbone)] * len(parts.tasks)
-        count = len(parts.tasks)
-        row: list[float | None] = [s.accuracy for s in self._evaluate_seen()]
-        self.matrix = [[None] * count for _ in range(count - 1)] + [row]
-
-    def _report(self, task: Task, pairs: Eigenpairs | None, update: MemoryUpdate | None, leak: float | None) -> None:
+    def _report(self, task: Task, pairs: Eigenpairs | None, update: MemoryUpdate | None) -> None:
         if pairs is not None and update is not None:
             missed = (~pairs.converged).nonzero().flatten().tolist()
             if missed:
                 worst = max(float(pairs.residuals[i] / pairs.eigenvalues[i].abs().clamp_min(1e-300)) for i in missed)
-                self.console.print(
-                    f"warning: {task.name}: eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge in "
+                self._warn(
+                    f"{task.name}: eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge in "
                     f"{pairs.products} products (worst relative {worst:.2g}, tol {pairs.tol:g}); they are left "
-                    f"out, {update.added} are kept",
-                    highlight=False,
+                    f"out, {update.added} are kept"
                 )
             if update.dropped:
                 self.console.print(
@@ -409,33 +375,23 @@ class Experiment:
                     f"largest with eigenvalue {update.dropped_eigenvalue:.3g}",
                     highlight=False,
                 )
+        count = len(self.parts.tasks)
         self.console.print(
             task_row(
                 TaskOutcome(
                     index=task.index,
                     total=len(self.parts.tasks),
                     tasks=[t.name for t in self.parts.tasks],
-                    matrix=self.matrix + [[None] * len(self.parts.tasks)] * (len(self.parts.tasks) - len(self.matrix)),
-                    seconds=self.seconds[-1],
+                    matrix=self.state.matrix + [[None] * count for _ in range(count - len(self.state.matrix))],
+                    seconds=self._round_elapsed(),
                     eigenvalues=None if pairs is None else pairs.eigenvalues.tolist(),
                     converged=None if pairs is None else int(pairs.converged.sum()),
                     products=None if pairs is None else pairs.products,
-                    leak=leak,
+                    leak=self.state.leak,
                     memory_columns=None if pairs is None else self.parts.memory.columns,
                 )
             )
         )
-
-
-def _save_basis(basis: torch.Tensor, path: Path) -> None:
-    """Write eigenvectors (k, P), whole or not at all; raises OSError where they cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({"basis": basis.cpu().contiguous()}, temporary)
-    except SafetensorError as error:  # the library's own name for a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error}") from None
-    temporary.replace(path)
 
 
 def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:

@@ -24,11 +24,14 @@ class PhaseObserver:
     label: str = "train"  # train or warmup
     validate: Callable[[nn.Module], Score] | None = None
     record: bool = True  # whether the phase is part of the run, or a measurement beside it
+    finish: Callable[[nn.Module], Score] | None = None  # measures the trained model, still wrapped
+    score: Score | None = None  # what `finish` gave
     steps: int = 0
     leak: float | None = None
 
-    def phase_started(self, epochs: int, steps_per_epoch: int) -> None:
-        self.progress.phase(epochs, steps_per_epoch, self.label)
+    def phase_started(self, epochs: int, steps_per_epoch: int, taken: int) -> None:
+        self.steps = taken
+        self.progress.phase(epochs, steps_per_epoch, self.label, taken)
 
     def step_taken(self, step: int, record: StepRecord | None) -> None:
         self.steps = step
@@ -65,3 +68,7 @@ class PhaseObserver:
             leak=leak,
         )
         self.log.memory(self.start_step + step)
+
+    def phase_finished(self, model: nn.Module) -> None:
+        if self.finish is not None:
+            self.score = self.finish(model)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, field
-from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nostalgia.config import save
+from nostalgia.checkpointing import Schedule
 from nostalgia.config.schema import Config
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.sources import load_source
@@ -25,7 +22,7 @@ from nostalgia.methods import Finetune, Joint, Method, Nostalgia
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.accelerator import strategy
-from nostalgia.parallel.coordination import agree, main_first, on_main
+from nostalgia.parallel.coordination import agree, main_first
 from nostalgia.projection import CurvatureMemory
 from nostalgia.training.loop import Optimization
 
@@ -73,32 +70,6 @@ class Parts:
     def epochs(self, task: Task) -> int:
         per_task = self.config.train.epochs_per_task
         return per_task[task.index - 1] if per_task is not None else self.config.train.epochs
-
-
-def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
-    """A fresh ``<output_dir>/<date_time>/`` with config.yaml, and ``latest`` pointing at it."""
-    return on_main(accelerator, lambda: _make_run_folder(config))
-
-
-def _make_run_folder(config: Config) -> Path:
-    parent = Path(config.experiment.output_dir).expanduser()
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder, number = parent / stamp, 1
-        while folder.exists():
-            number += 1
-            folder = parent / f"{stamp}_{number}"
-        folder.mkdir()
-        save(config, folder / "config.yaml")
-        link = parent / f".latest-{os.getpid()}"
-        link.symlink_to(folder.name)
-        os.replace(link, parent / "latest")
-    except OSError as error:
-        raise UsageError(
-            f"experiment.output_dir={parent}: cannot be written ({error.strerror or error}); name another folder"
-        ) from None
-    return folder
 
 
 def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Parts:
@@ -215,6 +186,17 @@ def optimization(config: Config, epochs: int, *, head_only: bool = False) -> Opt
         warmup_epochs=0 if head_only else train.warmup_epochs,
         max_grad_norm=train.max_grad_norm,
         label_smoothing=train.label_smoothing,
+    )
+
+
+def checkpoint_schedule(config: Config) -> Schedule:
+    train = config.train
+    return Schedule(
+        every_steps=train.checkpoint_every_steps,
+        every_epochs=train.checkpoint_every_epochs,
+        every_products=config.nostalgia.checkpoint_every_n_products,
+        keep=train.keep_checkpoints,
+        on_failure=train.on_checkpoint_failure,
     )
 
 

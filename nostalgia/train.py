@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed."""
+    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed, 75 interrupted."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     from nostalgia.config import parse
     from nostalgia.config.checks import check_launch

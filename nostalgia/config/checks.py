@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.optimizer": ("adamw", "sgd"),
     "train.scheduler": ("cosine", "constant"),
     "train.precision": ("auto", "64", "32", "tf32", "bf16", "16"),
+    "train.on_checkpoint_failure": ("stop", "continue"),
     "train.accelerator": ("auto", "cpu", "gpu"),
     "logger.mode": ("online", "offline", "disabled"),
 }
@@ -63,6 +64,10 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.label_smoothing": (0, 0.99, True),
     "train.log_every_n_steps": (1, math.inf, True),
     "train.timeout_minutes": (0, math.inf, False),
+    "train.checkpoint_every_steps": (0, math.inf, True),
+    "train.checkpoint_every_epochs": (0, math.inf, True),
+    "train.keep_checkpoints": (1, math.inf, True),
+    "nostalgia.checkpoint_every_n_products": (0, math.inf, True),
     "train.max_steps_per_epoch": (1, math.inf, True),
     "train.max_eval_batches": (1, math.inf, True),
 }

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nostalgia.config.checks import check
 from nostalgia.config.schema import Config
-from nostalgia.errors import UsageError
+from nostalgia.errors import NotFoundError, UsageError
 
 GROUPS = ("dataset", "model", "method", "nostalgia", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's
@@ -52,9 +52,10 @@ EXAMPLES = """examples:
   python -m nostalgia.train --debug --suite main      a few batches a task, everything else real
   python -m nostalgia.train --suite main --dry-run    what would run, and which data is there; trains nothing
   python -m nostalgia.train --config RUN_DIR/config.yaml
+  python -m nostalgia.train --resume RUN_DIR          go on where a run was interrupted, to the bit
 
 KEY=VALUE words are Hydra overrides of the files under configs/. Exit codes: 0 done, 2 wrong usage or
-configuration, 3 data or weights not found, 4 run failed.
+configuration, 3 data or weights not found, 4 run failed, 75 interrupted with a checkpoint written.
 """
 
 
@@ -68,6 +69,9 @@ class Request:
     dry_run: bool
     quiet: bool
     argv: tuple[str, ...]
+    run_dir: Path | None = None  # the run's folder, where it is given
+    resume: str | None = None  # "must" go on in ``run_dir``, or "auto": begin there where there is no run
+    resume_override: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,20 +90,37 @@ def parse(argv: list[str]) -> Request:
     if flags.suite is not None:
         words.insert(0, f"suite={flags.suite}")
     words = [_translate(word) for word in words]
+    if flags.resume_override and flags.resume is None:
+        raise UsageError("--resume-override goes with --resume RUN_DIR")
     suite = next((w.removeprefix("suite=") for w in reversed(words) if w.startswith("suite=")), None)
     debug = list(DEBUG) if flags.debug else []
+    groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
+    run_dir = None if flags.run_dir is None else Path(flags.run_dir)
+    resume = flags.resume
+    if resume == "auto" and run_dir is None:
+        raise UsageError("--resume auto needs --run-dir DIR: the folder to go on in, or to begin in")
+    if resume not in (None, "auto", "latest"):
+        if run_dir is not None:
+            raise UsageError(f"--resume {resume} names the folder itself: leave --run-dir out")
+        run_dir = Path(resume)
     if flags.config is not None:
-        composed = _from_file(Path(flags.config), debug + words)
+        config = _checked(_from_file(Path(flags.config), debug + words))
+    elif resume not in (None, "auto", "latest") and not groups:
+        config = _checked(_from_run(Path(resume), debug + words))
     else:
-        groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
-        composed = _compose(groups + debug + [w for w in words if w not in groups])
+        config = _checked(_compose(groups + debug + [w for w in words if w not in groups]))
+    if resume == "latest" and run_dir is None:
+        run_dir = (Path(config.experiment.output_dir).expanduser() / "latest").resolve()
     return Request(
-        config=_checked(composed),
+        config=config,
         suite=suite,
         debug=flags.debug,
         dry_run=flags.dry_run,
         quiet=flags.quiet,
         argv=tuple(argv),
+        run_dir=run_dir,
+        resume=None if resume is None else "auto" if resume == "auto" else "must",
+        resume_override=flags.resume_override,
     )
 
 
@@ -154,6 +175,14 @@ def _parser() -> _Parser:
         "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
     )
     parser.add_argument("--config", metavar="FILE", help="run a saved config.yaml again")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on with a run that was interrupted: its folder, `latest`, or `auto` (go on in --run-dir where there "
+        "is a run, else begin there)",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="the run's folder, instead of a new one by date and time")
+    parser.add_argument("--resume-override", action="store_true", help="go on although the configuration has changed")
     parser.add_argument("--quiet", action="store_true", help="do not print the configuration")
     return parser
 
@@ -213,6 +242,14 @@ def _from_file(path: Path, words: list[str]) -> Any:
         raise UsageError(f"--config {path}: cannot be read as YAML ({_one_line(error)})") from None
     except (HydraException, OmegaConfBaseException, TypeError) as error:
         raise UsageError(f"--config {path}: {_one_line(error)}") from None
+
+
+def _from_run(folder: Path, words: list[str]) -> Any:
+    """The configuration of a run that exists, with overrides of values on top."""
+    if not (folder / "config.yaml").is_file():
+        what = "has no config.yaml: not a run's folder" if folder.is_dir() else "no such folder"
+        raise NotFoundError(f"--resume {folder}: {what}; give the folder of a run, or latest")
+    return _from_file(folder / "config.yaml", words)
 
 
 def _check_key(override: Override) -> None:

@@ -114,6 +114,8 @@ class NostalgiaConfig:
     """Budget of auto, per rank; null: a tenth of the device's memory."""
     guard_every_n_steps: int = 100
     """Compare checksums of parameters and memory over ranks this often; 0: never."""
+    checkpoint_every_n_products: int = 50
+    """Products of an eigensolve between checkpoints; 0: none."""
     spectral_density: bool = False
     """Estimate the whole spectrum's density of each finished task as well."""
 
@@ -145,6 +147,14 @@ class TrainConfig:
     log_every_n_steps: int = 50
     timeout_minutes: float = 30.0
     """A rank that waits longer for the others ends the run."""
+    checkpoint_every_steps: int = 0
+    """Optimizer steps between checkpoints within an epoch; 0: none."""
+    checkpoint_every_epochs: int = 1
+    """0: none but at the end of each task."""
+    keep_checkpoints: int = 2
+    """The newest kept; those at the end of a task are all kept."""
+    on_checkpoint_failure: str = "stop"
+    """stop (exit 4; the last whole checkpoint stays) or continue with a warning."""
     max_steps_per_epoch: int | None = None
     max_eval_batches: int | None = None
     detect_anomaly: bool = False

@@ -12,7 +12,7 @@ from torch import nn
 from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianOperator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
-from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, lanczos
+from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState, lanczos
 from nostalgia.linalg.vector_space import VectorSpace
 
 LossFn = Callable[[nn.Module, Batch], tuple]
@@ -59,7 +59,10 @@ def task_operator(
 
 
 def top_eigenpairs(
-    operator: BatchedOperator, options: CurvatureOptions, callback: Callable[[LanczosProgress], None] | None = None
+    operator: BatchedOperator,
+    options: CurvatureOptions,
+    callback: Callable[[LanczosProgress], None] | None = None,
+    state: LanczosState | None = None,
 ) -> Eigenpairs:
     return lanczos(
         operator,
@@ -69,6 +72,7 @@ def top_eigenpairs(
         max_basis=options.max_basis,
         seed=options.seed,
         callback=callback,
+        state=state,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,16 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: TaskLoader, accelerator: Accelerator, max_batches: int | None = None
+    model: nn.Module,
+    loader: TaskLoader,
+    accelerator: Accelerator,
+    max_batches: int | None = None,
+    pause: Callable[[], None] | None = None,
 ) -> Score:
     """Evaluate ``model`` (logits of one head or several) in evaluation mode; its training mode is restored.
 
-    Every rank runs the same number of batches, so a model wrapped by FSDP2 may be evaluated too.
+    Every rank runs the same number of batches, so a model wrapped by FSDP2 may be evaluated too. ``pause`` is called
+    before each batch: where a run that is asked to stop may do so.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -38,6 +44,8 @@ def evaluate(
             for i, step in enumerate(loader.epoch(0)):
                 if i == max_batches:
                     break
+                if pause is not None:
+                    pause()
                 for batch in step.micro_batches:
                     logits = model(batch.images)
                     sums += torch.stack(

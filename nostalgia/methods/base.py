@@ -32,6 +32,13 @@ class StepRule(Protocol):
         """Share of the displacement since the start that lies where it must not, None where nothing is projected."""
         return None
 
+    def vectors(self) -> dict[str, Tensor]:
+        """Whole vectors (P,) that the rest of the task depends on, for a checkpoint: a collective, the same on all."""
+        return {}
+
+    def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        """Take up what `vectors` gave, given whole on every rank."""
+
 
 class Method(Protocol):
     """A method, over all tasks of a run. ``task`` counts from 1."""

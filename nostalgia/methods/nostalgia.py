@@ -37,6 +37,12 @@ class ProjectedStep(StepRule):
     def leak(self) -> float | None:
         return self.projector.leak()
 
+    def vectors(self) -> dict[str, Tensor]:
+        return {"anchor": self.projector.whole_anchor()}
+
+    def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        self.projector.set_anchor(vectors["anchor"])
+
 
 class Nostalgia(Method):
     """Projects steps from task ``start_task`` on (counted from 1) away from ``memory``."""

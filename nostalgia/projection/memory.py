@@ -116,20 +116,15 @@ class CurvatureMemory:
         return 0 if self.basis is None else self.basis.numel() * self.basis.element_size()
 
     @torch.no_grad()
-    def gather(self) -> Tensor | None:
-        """The whole basis (m, P) in the parameters' flat order, on every rank: what is saved."""
-        return None if self.basis is None or self.space is None else self.space.gather_flat(self.basis)
-
-    @torch.no_grad()
     def load(self, basis: Tensor, eigenvalues: Tensor, tasks: int, space: VectorSpace) -> None:
-        """Take up what `gather` gave: ``basis`` (m, P), on any number of ranks and any placement."""
-        if basis.ndim != 2 or basis.shape[1] != space.size or basis.shape[0] != len(eigenvalues):
+        """Take up a saved memory: ``basis`` (m, P_local) in ``space``, on any number of ranks and any placement."""
+        if basis.shape != (len(eigenvalues), space.local_size):
             raise UsageError(
                 f"a basis of shape {tuple(basis.shape)} with {len(eigenvalues)} eigenvalues does not fit "
-                f"{space.size} parameters"
+                f"vectors of {space.local_size} numbers"
             )
         self.tasks = tasks
-        self._store(space.slice_flat(basis).to(space.device), eigenvalues.double().cpu(), space)
+        self._store(basis, eigenvalues.double().cpu(), space)
 
     def _in_space(self, space: VectorSpace) -> list[tuple[Tensor, Tensor]]:
         """What is held, as vectors of the solver's ``space``: nothing or one (basis, eigenvalues)."""

@@ -115,6 +115,15 @@ class GradientProjector:
         inside = (coefficients @ self._solve_gram(coefficients)).clamp_min(0.0)
         return float((inside / norm).sqrt()) if float(norm) > 0 else None
 
+    def whole_anchor(self) -> Tensor:
+        """The anchor (P,) whole on every rank, for a checkpoint; only with a memory."""
+        assert self.anchor is not None
+        return self._space.gather_flat(self.anchor[None])[0]
+
+    def set_anchor(self, anchor: Tensor) -> None:
+        """Measure from ``anchor`` (P,), what `whole_anchor` gave, instead of from the parameters at construction."""
+        self.anchor = self._space.slice_flat(anchor[None])[0].to(self._space.device).contiguous()
+
     @property
     def _space(self) -> VectorSpace:
         space = self.memory.space

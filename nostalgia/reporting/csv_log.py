@@ -51,15 +51,6 @@ class CsvLog:
         self._file.write(_line([_cell(row.get(name)) for name in self.columns]))
         self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows of steps after ``step``: what a run that resumes there will log again."""
-        self._file.close()
-        lines = read_text(self.path).splitlines(keepends=True)
-        place = self.columns.index("step")
-        kept = [line for line in lines[1:] if _step_of(line, place) <= step]
-        write_atomic(self.path, "".join([*lines[:1], *kept]))
-        self._file = self.path.open("a", newline="", encoding="utf-8")
-
     def close(self) -> None:
         self._file.close()
 
@@ -97,9 +88,7 @@ def read_log(path: Path) -> list[Record]:
     return rows
 
 
-def column(
-    rows: Sequence[Record], name: str, where: Callable[[Record], bool] = lambda row: True
-) -> list[float]:
+def column(rows: Sequence[Record], name: str, where: Callable[[Record], bool] = lambda row: True) -> list[float]:
     """The known, finite values of a column in the rows that satisfy ``where``."""
     values = [row.get(name) for row in rows if where(row)]
     return [value for value in values if value is not None and math.isfinite(value)]
@@ -121,8 +110,3 @@ def _value(name: str, cell: str) -> Any:
     if cell == "":
         return None
     return cell if name in TEXT_COLUMNS else float(cell)
-
-
-def _step_of(line: str, place: int) -> float:
-    cells = next(csv.reader([line]))
-    return float(cells[place]) if cells[place] else 0.0

@@ -35,6 +35,7 @@ class _Place:
     epochs: int = 0
     steps_per_epoch: int = 0
     step: int = 0
+    first: int = 0  # steps taken before ``started``, by a former part of the run
     started: float = 0.0
 
     @property
@@ -42,7 +43,8 @@ class _Place:
         return self.epochs * self.steps_per_epoch
 
     def seconds_left(self, now: float) -> float | None:
-        return (now - self.started) / self.step * (self.total - self.step) if self.step else None
+        taken = self.step - self.first
+        return (now - self.started) / taken * (self.total - self.step) if taken else None
 
 
 class Eigensolve:
@@ -106,14 +108,17 @@ class Progress:
         if self._live is not None and self._tasks_bar is not None:
             self._live.update(self._tasks_bar, completed=index)
 
-    def phase(self, epochs: int, steps_per_epoch: int, label: str = "train") -> None:
-        """Training of ``epochs`` x ``steps_per_epoch`` optimizer steps starts; ``label``: train, warm-up."""
+    def phase(self, epochs: int, steps_per_epoch: int, label: str = "train", taken: int = 0) -> None:
+        """Training of ``epochs`` x ``steps_per_epoch`` optimizer steps starts, or goes on after ``taken`` of them.
+
+        ``label``: train, warm-up.
+        """
         place = self._place
         place.epochs, place.steps_per_epoch, place.label = epochs, steps_per_epoch, label
-        place.epoch, place.step, place.started = 1, 0, self._clock()
+        place.epoch, place.step, place.first, place.started = 1, taken, taken, self._clock()
         self._drop_phase_bar()
         if self._live is not None:
-            self._phase_bar = self._live.add_task(label, total=max(place.total, 1), tail="")
+            self._phase_bar = self._live.add_task(label, total=max(place.total, 1), completed=taken, tail="")
 
     def step(self, loss: float | None = None, images_per_s: float | None = None) -> None:
         """One optimizer step was taken; the numbers where they were measured."""
@@ -125,9 +130,7 @@ class Progress:
             named: dict[str, Any] = {"tail": f"epoch {place.epoch}/{place.epochs}  {text}"} if text else {}
             self._live.update(self._phase_bar, completed=place.step, **named)
         elif self._lines and loss is not None:
-            self._say(
-                lambda: f"{self._where()}  {_numbers(loss=loss, images_per_s=images_per_s)}{self._eta()}"
-            )
+            self._say(lambda: f"{self._where()}  {_numbers(loss=loss, images_per_s=images_per_s)}{self._eta()}")
 
     def epoch(
         self,

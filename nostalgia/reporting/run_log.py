@@ -12,9 +12,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from nostalgia.reporting.csv_log import CsvLog
+from nostalgia.reporting.csv_log import MEMORY_COLUMNS, CsvLog
+from nostalgia.reporting.log_position import log_position, rewind_logs
 from nostalgia.reporting.results import RunResults
-from nostalgia.reporting.trackers import Forgiving, Warn, flatten, make_trackers, memory_log
+from nostalgia.reporting.trackers import Forgiving, Warn, flatten, make_trackers
 
 MEGABYTE = 2.0**20
 
@@ -22,8 +23,8 @@ MEGABYTE = 2.0**20
 class RunLog:
     """Writes metrics.csv, memory.csv, tensorboard/ and, where asked, Weights & Biases; rank 0 alone writes.
 
-    ``step`` is the number of optimizer steps since the start of the run, over all tasks. With ``resume_step``
-    what a former part of the run logged after that step is dropped. ``wandb``: options of
+    ``step`` is the number of optimizer steps since the start of the run, over all tasks. With ``resume``,
+    a position that `position` gave, what was logged after it is dropped and the logs go on. ``wandb``: options of
     `trackers.wandb_tracker`, None for no W&B. ``warn`` is told, in one line, of a tracker that failed.
     """
 
@@ -36,28 +37,39 @@ class RunLog:
         wandb: Mapping[str, Any] | None = None,
         save_dir: Path | None = None,
         config: Mapping[str, Any] | None = None,
-        resume_step: int | None = None,
+        resume: Mapping[str, int] | None = None,
         warn: Warn = print,
     ) -> None:
         self.accelerator = accelerator
         self.config = flatten(config or {})
-        self.step = resume_step or 0
+        self.step = 0
+        self._run_dir, self._tensorboard_root = run_dir, save_dir or run_dir
         self._warn = warn
         self._trackers: list[Forgiving] = []
         self._memory: CsvLog | None = None
         if accelerator.is_main_process:
+            if resume is not None:
+                rewind_logs(run_dir, self._tensorboard_root, resume)
             self._trackers = make_trackers(
                 run_dir,
                 warn,
                 tensorboard=tensorboard,
                 wandb=wandb,
                 save_dir=save_dir,
-                resume_step=resume_step,
+                resume=resume is not None,
             )
-            self._open_memory(run_dir / "memory.csv", resume_step)
+            self._open_memory(run_dir / "memory.csv")
         accelerator.trackers = self._trackers
-        for tracker in self._trackers:
+        for tracker in self._trackers if resume is None else ():
             tracker.store_init_configuration(self.config)
+
+    def position(self) -> dict[str, int]:
+        """How far the logs have come, for ``resume``; empty on ranks other than 0."""
+        if not self.accelerator.is_main_process:
+            return {}
+        for tracker in self._trackers:
+            tracker.flush()
+        return log_position(self._run_dir, self._tensorboard_root)
 
     def train_step(
         self,
@@ -146,9 +158,7 @@ class RunLog:
             "worst_residual": worst,
             "memory_columns": memory_columns,
         }
-        self._log(
-            {**named, **{f"curvature/{task}/{name}": value for name, value in costs.items()}}, self.step
-        )
+        self._log({**named, **{f"curvature/{task}/{name}": value for name, value in costs.items()}}, self.step)
 
     def memory(self, step: int | None = None) -> None:
         """Memory of every rank now, in MiB; every rank must call this. GPU: the peak since the last call."""
@@ -190,16 +200,14 @@ class RunLog:
             self._memory.close()
         self.accelerator.trackers, self._trackers, self._memory = [], [], None
 
-    def _log(
-        self, values: Mapping[str, float | None], step: int, row: Mapping[str, Any] | None = None
-    ) -> None:
+    def _log(self, values: Mapping[str, float | None], step: int, row: Mapping[str, Any] | None = None) -> None:
         self.step = max(self.step, step)
         known = {name: float(value) for name, value in values.items() if value is not None}
         self.accelerator.log(known, step=step, log_kwargs={"csv": {"row": row}})
 
-    def _open_memory(self, path: Path, resume_step: int | None) -> None:
+    def _open_memory(self, path: Path) -> None:
         try:
-            self._memory = memory_log(path, resume_step)
+            self._memory = CsvLog(path, MEMORY_COLUMNS)
         except (OSError, ValueError) as error:
             self._warn(f"memory.csv cannot be written, the run goes on without it: {error}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, on_main_process
 
-from nostalgia.reporting.csv_log import MEMORY_COLUMNS, METRICS_COLUMNS, CsvLog
+from nostalgia.reporting.csv_log import METRICS_COLUMNS, CsvLog
 from nostalgia.reporting.files import write_atomic
 
 Warn = Callable[[str], None]
@@ -28,17 +28,13 @@ class CsvTracker(GeneralTracker):
     name = "csv"
     requires_logging_directory = True
 
-    def __init__(
-        self, path: Path, columns: Sequence[str] = METRICS_COLUMNS, resume_step: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] = METRICS_COLUMNS) -> None:
         super().__init__()
-        self.path, self.columns, self.resume_step = path, columns, resume_step
+        self.path, self.columns = path, columns
 
     @on_main_process
     def start(self) -> None:
         self.file = CsvLog(self.path, self.columns)
-        if self.resume_step is not None:
-            self.truncate_after(self.resume_step)
 
     @property
     def tracker(self) -> CsvLog:
@@ -53,10 +49,6 @@ class CsvTracker(GeneralTracker):
             self.file.write({"step": step, **row})
 
     @on_main_process
-    def truncate_after(self, step: int) -> None:
-        self.file.truncate_after(step)
-
-    @on_main_process
     def finish(self) -> None:
         self.file.close()
 
@@ -67,6 +59,10 @@ class TensorBoardLog(TensorBoardTracker):
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in values.items()))
+
+    @on_main_process
+    def flush(self) -> None:
+        self.writer.flush()
 
     @on_main_process
     def store_summary(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -118,6 +114,11 @@ class Forgiving(GeneralTracker):
     def store_summary(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
         if hasattr(self._tracker, "store_summary"):
             self._try("store_summary", config, metrics)
+
+    def flush(self) -> None:
+        """Hand to the operating system what is written in the background."""
+        if hasattr(self._tracker, "flush"):
+            self._try("flush")
 
     def finish(self) -> None:
         self._try("finish")
@@ -206,19 +207,14 @@ def make_trackers(
     tensorboard: bool,
     wandb: Mapping[str, Any] | None,
     save_dir: Path | None,
-    resume_step: int | None,
+    resume: bool,
 ) -> list[Forgiving]:
     """The started trackers; ``wandb`` holds `wandb_tracker`'s options, None leaves it out."""
-    resuming = {} if resume_step is None else {"purge_step": resume_step + 1}
-    makers: dict[str, Callable[[], GeneralTracker]] = {
-        "csv": lambda: CsvTracker(run_dir / "metrics.csv", resume_step=resume_step)
-    }
+    makers: dict[str, Callable[[], GeneralTracker]] = {"csv": lambda: CsvTracker(run_dir / "metrics.csv")}
     if tensorboard:
-        makers["tensorboard"] = lambda: TensorBoardLog("tensorboard", save_dir or run_dir, **resuming)
+        makers["tensorboard"] = lambda: TensorBoardLog("tensorboard", save_dir or run_dir)
     if wandb is not None:
-        makers["wandb"] = lambda: wandb_tracker(
-            run_dir, **{"save_dir": save_dir, "resume": resume_step is not None, **wandb}
-        )
+        makers["wandb"] = lambda: wandb_tracker(run_dir, **{"save_dir": save_dir, "resume": resume, **wandb})
     trackers = []
     for name, make in makers.items():
         try:
@@ -231,11 +227,3 @@ def make_trackers(
             tracker.start()
         trackers.append(tracker)
     return trackers
-
-
-def memory_log(path: Path, resume_step: int | None) -> CsvLog:
-    """memory.csv, without the rows that a resumed run writes again."""
-    log = CsvLog(path, MEMORY_COLUMNS)
-    if resume_step is not None:
-        log.truncate_after(resume_step)
-    return log

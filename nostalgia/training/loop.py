@@ -1,22 +1,23 @@
-"""Trains one task, or one phase of it: wrap, epochs of steps, unwrap."""
+"""Trains one task, or one phase of it: wrap, epochs of steps, unwrap. It can be stopped after any step and go on."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import get_scheduler
 
 from nostalgia.data.stream import TaskLoader
 from nostalgia.errors import RunFailedError
 from nostalgia.methods.base import StepRule
-from nostalgia.parallel.modules import bare_module
+from nostalgia.parallel import tensors
+from nostalgia.parallel.modules import bare_module, inner_module, named_parameters
 from nostalgia.training.step import StepResult, train_step
 from nostalgia.training.task_model import TaskModel
 
@@ -54,7 +55,8 @@ class StepRecord:
 class Observer(Protocol):
     """What wants to know how training goes. All ranks call it; it decides who speaks."""
 
-    def phase_started(self, epochs: int, steps_per_epoch: int) -> None: ...
+    def phase_started(self, epochs: int, steps_per_epoch: int, taken: int) -> None:
+        """``taken`` steps of the phase were taken before, by a former part of the run."""
 
     def step_taken(self, step: int, record: StepRecord | None) -> None:
         """After every step; ``record`` only every ``log_every``-th and at the end of an epoch."""
@@ -62,10 +64,21 @@ class Observer(Protocol):
     def epoch_finished(self, epoch: int, step: int, model: nn.Module, leak: float | None) -> None:
         """After every epoch, with the wrapped model: the place to validate."""
 
+    def phase_finished(self, model: nn.Module) -> None:
+        """After the last epoch, with the wrapped model."""
+
+
+@dataclass
+class PhaseState:
+    """A phase between two steps: ``position`` is plain JSON, ``tensors`` are whole, on rank 0's CPU."""
+
+    position: dict[str, Any]
+    tensors: dict[str, Tensor]
+
 
 @dataclass
 class Phase:
-    """Everything `run_phase` needs besides the model and the data."""
+    """Everything `Training` needs besides the model and the data."""
 
     accelerator: Accelerator
     optimization: Optimization
@@ -74,63 +87,170 @@ class Phase:
     projected: tuple[str, ...] = ()  # names of the projected parameters within the backbone
     log_every: int = 50
     max_steps_per_epoch: int | None = None
-    guard: Callable[[dict[str, torch.Tensor], str], None] | None = None  # checks that ranks agree
+    guard: Callable[[dict[str, Tensor], str], None] | None = None  # checks that ranks agree
     guard_every: int = 0
     frozen_backbone: bool = False  # head warm-up: the backbone in evaluation mode
     where: str = ""  # prefix of error lines: "task 2 (task2_digits)"
-    _clock: float = field(default=0.0, init=False)
-    _images: int = field(default=0, init=False)
+    after_step: Callable[[bool], None] | None = None  # the place for checkpoints; True after an epoch's validation
 
 
-def run_phase(model: TaskModel, loader: TaskLoader, phase: Phase) -> TaskModel:
-    """Train the parameters of ``model`` that require a gradient; returns an ordinary module with the result.
+class Training:
+    """One phase in progress.
 
     ``requires_grad`` must be set before: DDP and FSDP2 read it when they wrap, which happens here, once a phase.
-    Raises RunFailedError naming the place where the loss or gradient was not finite.
+    ``epoch`` counts from 1, ``step`` within it from 0; ``step == steps_per_epoch`` is an epoch whose validation is
+    still to come.
     """
-    accelerator, options = phase.accelerator, phase.optimization
-    optimizer = make_optimizer(model, options)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    parameters = projected_parameters(wrapped, phase.projected)
-    rule = phase.rule(parameters)
-    steps_per_epoch = loader.steps_per_epoch
-    if phase.max_steps_per_epoch is not None:
-        steps_per_epoch = min(steps_per_epoch, phase.max_steps_per_epoch)
-    scheduler = make_scheduler(prepared.optimizer, options, steps_per_epoch)
-    phase.observer.phase_started(options.epochs, steps_per_epoch)
-    taken = 0
-    for epoch in range(1, options.epochs + 1):
-        set_training_mode(wrapped, phase.frozen_backbone)
-        phase._clock, phase._images = time.perf_counter(), 0
-        for i, step in enumerate(loader.epoch(epoch)):
-            if i == steps_per_epoch:
+
+    def __init__(self, model: TaskModel, loader: TaskLoader, phase: Phase) -> None:
+        self.phase, self.loader = phase, loader
+        options = phase.optimization
+        optimizer = make_optimizer(model, options)
+        self.wrapped, self.optimizer = phase.accelerator.prepare(model, optimizer)
+        self.parameters = projected_parameters(self.wrapped, phase.projected)
+        self.rule = phase.rule(self.parameters)
+        self.steps_per_epoch = loader.steps_per_epoch
+        if phase.max_steps_per_epoch is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, phase.max_steps_per_epoch)
+        self.scheduler = make_scheduler(self.optimizer.optimizer, options, self.steps_per_epoch)
+        self.epoch, self.step, self.taken = 1, 0, 0
+        self._clock, self._images = time.perf_counter(), 0
+
+    def run(self) -> TaskModel:
+        """Train to the end; returns an ordinary module with the result.
+
+        Raises RunFailedError naming the place where the loss or gradient was not finite.
+        """
+        phase, epochs = self.phase, self.phase.optimization.epochs
+        phase.observer.phase_started(epochs, self.steps_per_epoch, self.taken)
+        while self.epoch <= epochs:
+            self._run_epoch()
+            phase.observer.epoch_finished(self.epoch, self.taken, self.wrapped, self.rule.leak())
+            self.epoch, self.step = self.epoch + 1, 0
+            if phase.after_step is not None:
+                phase.after_step(True)
+        phase.observer.phase_finished(self.wrapped)
+        trained = bare_module(self.wrapped)
+        phase.accelerator.free_memory()
+        return trained
+
+    def capture(self) -> PhaseState:
+        """Where the phase stands, the heads in training and the optimizer; the backbone is its owner's to keep.
+
+        A collective: all ranks call it, between two steps.
+        """
+        scaler = self.phase.accelerator.scaler
+        position = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "taken": self.taken,
+            "scheduler": self.scheduler.last_epoch,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        found = tensors.to_main({**self._heads(), **self._optimizer_state()})
+        vectors = self.rule.vectors()
+        if tensors.is_main():
+            found.update({f"rule/{name}": vector.to("cpu", copy=True) for name, vector in vectors.items()})
+        return PhaseState(position, found)
+
+    def restore(self, state: PhaseState, source: str) -> None:
+        """Go on from ``state``, given whole on rank 0 (tensors may be missing on others); the backbone has its values.
+
+        Raises NotFoundError, naming ``source``, where the state is not one of this phase.
+        """
+        position = state.position
+        self.epoch, self.step, self.taken = position["epoch"], position["step"], position["taken"]
+        self._make_optimizer_state(tensors.broadcast_object(sorted(state.tensors)))
+        tensors.from_main({**self._heads(), **self._optimizer_state()}, state.tensors, source)
+        self.scheduler.last_epoch = position["scheduler"] - 1
+        self.scheduler.step()
+        if self.phase.accelerator.scaler is not None and position["scaler"] is not None:
+            self.phase.accelerator.scaler.load_state_dict(position["scaler"])
+        vectors = {f"rule/{name}": vector.clone() for name, vector in self.rule.vectors().items()}
+        tensors.from_main(vectors, state.tensors, source)
+        self.rule.load_vectors({name.removeprefix("rule/"): vector for name, vector in vectors.items()})
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _run_epoch(self) -> None:
+        phase = self.phase
+        set_training_mode(self.wrapped, phase.frozen_backbone)
+        self._clock, self._images = time.perf_counter(), 0
+        if self.step == self.steps_per_epoch:
+            return
+        for step in self.loader.epoch(self.epoch, self.step):
+            self._take_step(step)
+            if self.step == self.steps_per_epoch:
                 break
-            try:
-                result = train_step(
-                    wrapped,
-                    prepared,
-                    rule,
-                    step,
-                    accelerator=accelerator,
-                    max_grad_norm=options.max_grad_norm,
-                    label_smoothing=options.label_smoothing,
-                )
-            except RunFailedError as error:
-                raise RunFailedError(f"{phase.where}, {error}") from None
-            taken += 1
-            lr = scheduler.get_last_lr()[0]
-            if not result.skipped:
-                scheduler.step()
-            log = taken % phase.log_every == 0 or i + 1 == steps_per_epoch
-            phase._images += result.num_samples
-            record = make_record(phase, taken, epoch, lr, result) if log else None
-            phase.observer.step_taken(taken, record)
-            if phase.guard is not None and phase.guard_every and taken % phase.guard_every == 0:
-                phase.guard(dict(parameters), f"{phase.where}, epoch {epoch}, step {taken}")
-        phase.observer.epoch_finished(epoch, taken, wrapped, rule.leak())
-    trained = bare_module(wrapped)
-    accelerator.free_memory()
-    return trained
+            if phase.after_step is not None:
+                phase.after_step(False)
+
+    def _take_step(self, step: Any) -> None:
+        phase, options = self.phase, self.phase.optimization
+        try:
+            result = train_step(
+                self.wrapped,
+                self.optimizer,
+                self.rule,
+                step,
+                accelerator=phase.accelerator,
+                max_grad_norm=options.max_grad_norm,
+                label_smoothing=options.label_smoothing,
+            )
+        except RunFailedError as error:
+            raise RunFailedError(f"{phase.where}, {error}") from None
+        self.taken, self.step = self.taken + 1, self.step + 1
+        lr = self.scheduler.get_last_lr()[0]
+        if not result.skipped:
+            self.scheduler.step()
+        self._images += result.num_samples
+        log = self.taken % phase.log_every == 0 or self.step == self.steps_per_epoch
+        phase.observer.step_taken(self.taken, self._record(lr, result) if log else None)
+        if phase.guard is not None and phase.guard_every and self.taken % phase.guard_every == 0:
+            phase.guard(dict(self.parameters), f"{phase.where}, epoch {self.epoch}, step {self.step}")
+
+    def _record(self, lr: float, result: StepResult) -> StepRecord:
+        """Reduce a step's sums over ranks; the rate is that of the images since the last record."""
+        sums = torch.stack([result.loss_sum.double(), result.correct.double()])
+        loss, correct = self.phase.accelerator.reduce(sums, "sum").tolist()
+        now = time.perf_counter()
+        rate = self._images / max(now - self._clock, 1e-9)
+        self._clock, self._images = now, 0
+        fraction = result.projected_fraction
+        return StepRecord(
+            step=self.taken,
+            epoch=self.epoch,
+            loss=loss / result.num_samples,
+            accuracy=correct / result.num_samples,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            projected_fraction=None if fraction is None else float(fraction),
+            images_per_s=rate,
+        )
+
+    def _heads(self) -> dict[str, Tensor]:
+        return {name: p for name, p in named_parameters(self.wrapped).items() if name.startswith("heads.")}
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """``optimizer/<key>/<parameter>`` of every parameter in training, as the optimizer holds it."""
+        state = self.optimizer.optimizer.state
+        return {
+            f"optimizer/{key}/{name}": value
+            for name, parameter in named_parameters(self.wrapped).items()
+            for key, value in state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def _make_optimizer_state(self, names: list[str]) -> None:
+        """Tensors of the right kind for ``names``: like the parameter, or a number (``step``)."""
+        parameters = named_parameters(self.wrapped)
+        for full in names:
+            kind, _, rest = full.partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "optimizer" and name in parameters:
+                parameter = parameters[name]
+                value = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter).detach()
+                self.optimizer.optimizer.state[parameter][key] = value
 
 
 def make_optimizer(model: nn.Module, options: Optimization) -> Optimizer:
@@ -153,32 +273,11 @@ def make_scheduler(
 
 def projected_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The parameters of the wrapped model's backbone called ``names``, as they are trained (plain or DTensor)."""
-    module = getattr(wrapped, "module", wrapped)
-    available = dict(module.backbone.named_parameters())
+    available = dict(inner_module(wrapped).backbone.named_parameters())
     return {name: available[name] for name in names}
 
 
 def set_training_mode(wrapped: nn.Module, frozen_backbone: bool) -> None:
     wrapped.train()
     if frozen_backbone:
-        getattr(wrapped, "module", wrapped).backbone.eval()
-
-
-def make_record(phase: Phase, taken: int, epoch: int, lr: float, result: StepResult) -> StepRecord:
-    """Reduce a step's sums over ranks; the rate is that of the images since the last record."""
-    sums = torch.stack([result.loss_sum.double(), result.correct.double()])
-    loss, correct = phase.accelerator.reduce(sums, "sum").tolist()
-    now = time.perf_counter()
-    rate = phase._images / max(now - phase._clock, 1e-9)
-    phase._clock, phase._images = now, 0
-    fraction = result.projected_fraction
-    return StepRecord(
-        step=taken,
-        epoch=epoch,
-        loss=loss / result.num_samples,
-        accuracy=correct / result.num_samples,
-        lr=lr,
-        grad_norm=result.grad_norm,
-        projected_fraction=None if fraction is None else float(fraction),
-        images_per_s=rate,
-    )
+        inner_module(wrapped).backbone.eval()

@@ -31,19 +31,6 @@ def test_a_torn_row_is_mended_and_the_log_goes_on(tmp_path: Path) -> None:
     assert path.read_text() == "step,loss\n1,0.5\n2,0.25\n"
 
 
-def test_truncate_after_drops_later_steps_and_appending_goes_on(tmp_path: Path) -> None:
-    log = CsvLog(tmp_path / "log.csv", ("step", "loss"))
-    for step in (1, 2, 3):
-        log.write({"step": step, "loss": 0.5})
-    log.truncate_after(2)
-    log.write({"step": 3, "loss": 0.75})
-    assert [(row["step"], row["loss"]) for row in read_log(tmp_path / "log.csv")] == [
-        (1, 0.5),
-        (2, 0.5),
-        (3, 0.75),
-    ]
-
-
 def test_an_empty_file_gets_its_header(tmp_path: Path) -> None:
     (tmp_path / "log.csv").touch()
     CsvLog(tmp_path / "log.csv", ("step", "loss"))

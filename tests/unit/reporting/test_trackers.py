@@ -65,15 +65,22 @@ def test_csv_and_tensorboard_under_one_naming_scheme(tmp_path: Path, accelerator
 
 
 def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
-    log_a_run(RunLog(tmp_path, accelerator))
-    resumed = RunLog(tmp_path, accelerator, resume_step=2)
+    first = RunLog(tmp_path, accelerator)
+    for step in (1, 2):
+        first.train_step(step=step, task="task1_digits", epoch=1, loss=1.0)
+    position = first.position()
+    log_a_run(first, first_step=3)  # lost: the run is taken up from before it
+    first.finish()
+    resumed = RunLog(tmp_path, accelerator, resume=position)
     assert [row["step"] for row in read_log(tmp_path / "metrics.csv")] == [1, 2]
     assert read_log(tmp_path / "memory.csv") == []
     log_a_run(resumed, first_step=3)
     resumed.finish()
     rows = read_log(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
-    assert [step for step, _ in scalars(tmp_path / "tensorboard")["train/loss"]] == [1, 2, 3, 4]
+    shown = scalars(tmp_path / "tensorboard")
+    assert [step for step, _ in shown["train/loss"]] == [1, 2, 3, 4]
+    assert len(shown["curvature/task1_digits/eigenvalue_2"]) == 1
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path, accelerator: Accelerator) -> None:

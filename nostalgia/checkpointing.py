@@ -1,0 +1,96 @@
+"""When a run writes a checkpoint, and when it stops: at points that all ranks reach together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from nostalgia.checkpoint.store import CheckpointStore, Contents
+from nostalgia.errors import InterruptedRun, RunFailedError
+from nostalgia.parallel.stop import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How often: 0 is never."""
+
+    every_steps: int = 0
+    every_epochs: int = 1
+    every_products: int = 0
+    keep: int = 2
+    on_failure: str = "stop"  # or continue, with a warning
+
+
+class Checkpointer:
+    """Asks ``make(kind)`` for a checkpoint's contents, a collective, and has rank 0 write them."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        make: Callable[[str], Contents],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.accelerator, self.schedule, self.make, self.warn = accelerator, schedule, make, warn
+        self.store = CheckpointStore(run_dir, schedule.keep) if accelerator.is_main_process else None
+        self.stop = StopRequest(accelerator)
+        self._epochs = 0
+
+    def after_step(self, taken: int, epoch_done: bool) -> None:
+        """After an optimizer step, or after an epoch's validation."""
+        every = self.schedule
+        kind = ""
+        if epoch_done:
+            self._epochs += 1
+            kind = "epoch" if every.every_epochs and self._epochs % every.every_epochs == 0 else ""
+        elif every.every_steps and taken % every.every_steps == 0:
+            kind = "step"
+        self.reach(kind)
+
+    def after_product(self, products: int) -> None:
+        """Between two products of an eigensolve."""
+        every = self.schedule.every_products
+        self.reach("eigensolve" if every and products % every == 0 else "")
+
+    def reach(self, kind: str = "") -> None:
+        """A point where the run may stop; a checkpoint of ``kind`` is due here, if any is.
+
+        Raises InterruptedRun, on all ranks, where one was asked to stop, with a checkpoint written.
+        """
+        name = self.stop.agreed()
+        if name:
+            self._write("stopped", background=False, must=True)
+            raise InterruptedRun(f"{name}: stopped with a checkpoint written; --resume goes on from there")
+        if kind:
+            self._write(kind, background=True)
+        elif self.store is not None and self.store.failed:
+            self._guarded(self.store.wait)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        if self.store is not None:
+            self._guarded(self.store.wait)
+
+    def _write(self, kind: str, *, background: bool, must: bool = False) -> None:
+        self.close()  # the one before must be whole before this one's parts are made
+        contents = self.make(kind)
+        if self.store is not None:
+            store = self.store
+            self._guarded(lambda: store.write(contents, background=background), must)
+
+    def _guarded(self, work: Callable[[], None], must: bool = False) -> None:
+        try:
+            work()
+        except OSError as error:
+            where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            line = f"a checkpoint could not be written: {where}"
+            if must or self.schedule.on_failure == "stop":
+                raise RunFailedError(
+                    f"{line}; free space, then --resume goes on from the last whole one "
+                    "(train.on_checkpoint_failure=continue trains on without)"
+                ) from None
+            self.warn(f"{line}; the run goes on")
