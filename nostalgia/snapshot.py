@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
-from nostalgia.checkpoint.store import BLOCKS, Contents
+from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.errors import NotFoundError
 from nostalgia.linalg.krylov import LanczosState
@@ -103,7 +104,7 @@ class Snapshot:
             parts.heads.append(head)
             parts.norm_statistics.append(statistics)
         self.curvature.load_memory(saved["memory"])
-        self.curvature.references = dict(resumed.references)
+        self.curvature.references = {k: v for k, v in resumed.references.items() if EIGENSOLVE not in k}
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
         if saved["solve"] is not None:
@@ -130,7 +131,7 @@ class Snapshot:
         if self.curvature.solve is None:
             return None, {}
         solve, space = self.curvature.solve.clone(), self.parts.space
-        name = f"checkpoints/{BLOCKS}/eigensolve_{solve.products}.safetensors"
+        name = f"checkpoints/{BLOCKS}/{EIGENSOLVE}{secrets.token_hex(4)}.safetensors"  # never one in use
         digest = save_block(self.curvature.folder / name, torch.cat([solve.basis, solve.parked]), space)
         rest = {key: value for key, value in vars(solve).items() if key not in _SOLVE_VECTORS}
         small: dict[str, Tensor] = {}
