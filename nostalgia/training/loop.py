@@ -129,6 +129,8 @@ def run_phase(model: TaskModel, loader: TaskLoader, phase: Phase) -> TaskModel:
                 phase.guard(dict(parameters), f"{phase.where}, epoch {epoch}, step {taken}")
         phase.observer.epoch_finished(epoch, taken, wrapped, rule.leak())
     trained = bare_module(wrapped)
+    # A gradient left behind would count in the norm that a later phase clips by, where the backbone is frozen.
+    trained.zero_grad(set_to_none=True)
     accelerator.free_memory()
     return trained
 
