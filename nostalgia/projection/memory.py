@@ -110,7 +110,7 @@ class CurvatureMemory:
         if self.basis is None or self.basis.dtype in (torch.float32, torch.float64):
             return None
         assert self.space is not None
-        return torch.linalg.inv(self.space.gram(self.basis, self.basis))
+        return torch.linalg.inv(self.space.gram(self.basis, self.basis, exact=True))
 
     def bytes_per_rank(self) -> int:
         return 0 if self.basis is None else self.basis.numel() * self.basis.element_size()

@@ -131,6 +131,8 @@ class Training:
                 phase.after_step(True)
         phase.observer.phase_finished(self.wrapped)
         trained = bare_module(self.wrapped)
+        # A gradient left behind would count in the norm that a later phase clips by, where the backbone is frozen.
+        trained.zero_grad(set_to_none=True)
         phase.accelerator.free_memory()
         return trained
 
