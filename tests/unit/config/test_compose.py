@@ -101,3 +101,27 @@ def test_what_the_launcher_decides() -> None:
     config.train.precision, config.train.devices = "auto", 4
     with pytest.raises(UsageError, match="nproc_per_node 4"):
         check_launch(config, device_type="cpu", world_size=2)
+
+
+def test_every_data_set_of_the_catalog_has_a_file() -> None:
+    from nostalgia.data.catalog import CATALOG
+
+    assert {path.stem for path in (config_folder() / "dataset").glob("*.yaml")} == set(CATALOG)
+    for name in CATALOG:
+        assert parse([f"dataset={name}"]).config.dataset.name == name
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks"),
+    [
+        ("main", ["cifar100", "tinyimagenet", "caltech256"]),
+        ("robustness", ["imagenet100", "imagenet-r", "imagenet-a"]),
+        ("finegrained", ["cifar100", "cub200", "flowers102"]),
+        ("ablation", ["cifar10", "mnist"]),
+    ],
+)
+def test_suites_name_their_tasks_and_the_command_line_has_the_last_word(suite: str, tasks: list[str]) -> None:
+    config = parse(["--suite", suite]).config
+    assert (config.experiment.tasks, config.model.name) == (tasks, "vit")
+    config = parse(["--suite", suite, "experiment.tasks=[digits]", "model=resnet18", "train.epochs=2"]).config
+    assert (config.experiment.tasks, config.model.arch, config.train.epochs) == (["digits"], "resnet18", 2)
