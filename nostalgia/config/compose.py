@@ -232,7 +232,7 @@ def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> An
             with open_dict(model.config):
                 for key in set(file.config) - {name.removeprefix("model.config.") for name in given}:
                     model.config.pop(key)
-    if given & {"model.framework", "model.arch", "model.model_id"} and "model.name" not in given:
+    if given & {"model.arch", "model.model_id"} and "model.name" not in given:
         network = model.arch or model.model_id
         model.name = Path(network).name if network else model.name
     return composed
