@@ -263,7 +263,8 @@ def _from_file(path: Path, words: list[str]) -> Any:
             raise UsageError(f"{path}: no section {missing[0]!r}; give a config.yaml that a run has written")
         for override in OverridesParser.create().parse_overrides(words):
             _check_key(override)
-        return OmegaConf.merge(OmegaConf.structured(Config), loaded, OmegaConf.from_dotlist([w.lstrip("+") for w in words]))
+        given = OmegaConf.from_dotlist([word.lstrip("+") for word in words])
+        return OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

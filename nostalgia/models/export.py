@@ -94,15 +94,11 @@ def _write(
     save_heads(heads, folder / "heads.safetensors")
     files["heads.safetensors"] = "`<task>.weight` (classes, features) and `<task>.bias` of every head"
     classes = {task.name: list(task.classes) for task in tasks}
-    (folder / "classes.json").write_text(
-        json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     files["classes.json"] = "class names by task, in the order of the head's outputs"
     if norm_statistics:
         save_statistics(norm_statistics, folder / "norm_statistics.safetensors")
-        files["norm_statistics.safetensors"] = (
-            "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
-        )
+        files["norm_statistics.safetensors"] = "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
     return files
 
 
@@ -123,9 +119,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         return
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     metadata = {
         "format": "pt",
         "arch": str(backbone.arch),
@@ -199,7 +193,5 @@ def _usage(backbone: Backbone) -> str:
                 'backbone = PeftModel.from_pretrained(base, "adapters")',
             ]
         if backbone.call:
-            lines.append(
-                "# call it with " + ", ".join(f"{key}={value}" for key, value in backbone.call.items())
-            )
+            lines.append("# call it with " + ", ".join(f"{key}={value}" for key, value in backbone.call.items()))
     return code("\n".join(lines))

@@ -22,9 +22,7 @@ def make_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     Small logits at first keep the gradient that a fresh head sends into the backbone small.
     """
     if feature_dim < 1 or num_classes < 1:
-        raise UsageError(
-            f"a head needs features and classes, not {feature_dim} features and {num_classes} classes"
-        )
+        raise UsageError(f"a head needs features and classes, not {feature_dim} features and {num_classes} classes")
     with seeded(seed):
         head = nn.Linear(feature_dim, num_classes)
         nn.init.normal_(head.weight, std=INITIAL_STD)
