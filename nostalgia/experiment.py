@@ -20,6 +20,7 @@ from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
+from nostalgia.exporting import EXPORT, export_run
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
@@ -69,6 +70,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         paths = write_results(folder / "results", results)
         drawn = draw_run(read_run(folder), folder / "results" / "figures")
         experiment.log.figures(drawn.made)
+        if config.experiment.export:
+            paths[EXPORT] = export_run(folder, parts, results, request.argv)
         print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, folder)
+    except SafetensorError as error:  # the library's own name for a full disk
+        raise OSError(f"{folder}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -133,14 +136,19 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
 def _save_adapters(backbone: Backbone, adapters: LoraConfig, folder: Path, model_id: str | None) -> None:
     """The layout of PEFT's own ``save_pretrained``, for a network in which the adapters were put in place."""
     folder.mkdir()
-    tensors = {
-        f"base_model.model.{name}".replace(".default", ""): tensor.detach().cpu().contiguous()
-        for name, tensor in backbone.model.state_dict().items()
-        if any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(backbone.model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = adapters.to_dict() | {"base_model_name_or_path": model_id, "inference_mode": True}
     LoraConfig(**settings).save_pretrained(str(folder))
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' parameters of ``model``, by the names that PEFT gives them in a file."""
+    return {
+        f"base_model.model.{name}".replace(".default", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
+    }
 
 
 def _replace(partial: Path, folder: Path) -> None:

@@ -52,7 +52,7 @@ def expand_head(head: nn.Linear, num_classes: int, seed: int) -> nn.Linear:
 def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
     """Write ``<name>.weight`` (C, D) and ``<name>.bias`` (C,) of every head to one safetensors file."""
     tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()  # tasks may share a head
         for name, head in heads.items()
         for key, tensor in head.state_dict().items()
     }
