@@ -17,7 +17,7 @@ from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.errors import NotFoundError
 from nostalgia.linalg.krylov import LanczosState
-from nostalgia.models import make_head, norm_statistics
+from nostalgia.models import norm_statistics
 from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
@@ -25,6 +25,7 @@ from nostalgia.parallel.random_state import capture_random_state, restore_random
 from nostalgia.resume import Resumed
 from nostalgia.run_state import RunState
 from nostalgia.setup import Parts, versions
+from nostalgia.task_heads import empty_heads
 from nostalgia.training.loop import PhaseState, Training
 
 _SOLVE_VECTORS = ("basis", "parked")
@@ -94,14 +95,12 @@ class Snapshot:
         norm_statistics.apply(parts.backbone, ranks[rank % count]["norm"])
         resumed.random_state = ranks[rank] if rank < count else None
         own = norm_statistics.capture(parts.backbone)
-        for i, task in enumerate(parts.tasks[: saved["heads"]]):
-            head = make_head(parts.backbone.feature_dim, len(task.classes), 0)
-            head.to(device=parts.view.device, dtype=parts.view.dtype)
+        parts.heads.extend(empty_heads(parts, saved["heads"]))
+        for i, head in enumerate(parts.heads):
             statistics = {key: value.clone() for key, value in own.items()}
             targets = {f"heads/{i}/{key}": value for key, value in head.state_dict().items()}
             targets.update({f"norm/{i}/{key}": value for key, value in statistics.items()})
             tensors.from_main(targets, values, source)
-            parts.heads.append(head)
             parts.norm_statistics.append(statistics)
         self.curvature.load_memory(saved["memory"])
         self.curvature.references = {k: v for k, v in resumed.references.items() if EIGENSOLVE not in k}

@@ -6,31 +6,41 @@ import os
 import sys
 import traceback
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nostalgia.errors import NostalgiaError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from nostalgia.parallel.failure import FailureWatch
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed, 75 interrupted."""
+def main(
+    argv: list[str] | None = None,
+    parse: Callable[[list[str]], Any] | None = None,
+    run: Callable[[Any, Accelerator, str], Any] | None = None,
+) -> int:
+    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed, 75 interrupted.
+
+    Another command gives its own ``parse``, of a request with ``config``, and ``run``.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from nostalgia.config import parse
+    from nostalgia import config
     from nostalgia.config.checks import check_launch
     from nostalgia.parallel.accelerator import launch_info, make_accelerator
     from nostalgia.parallel.failure import FailureWatch, leave
 
     watch: FailureWatch | None = None
     try:
-        request = parse(sys.argv[1:] if argv is None else argv)
+        request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
         watch = FailureWatch()
-        from nostalgia.experiment import run
-
+        if run is None:
+            from nostalgia.experiment import run
         run(request, accelerator, precision)
         watch.stop()
         accelerator.end_training()

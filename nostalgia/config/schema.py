@@ -19,6 +19,8 @@ class ExperimentConfig:
     """none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts."""
     output_dir: str = "${oc.env:OUTPUT_DIR,runs}/${experiment.name}"
     """The run's folder is made in here, named by date and time; `latest` points at it."""
+    export: bool = True
+    """Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters)."""
     deterministic: bool = False
     """Deterministic kernels only (slower on GPUs)."""
 
