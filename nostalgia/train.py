@@ -20,8 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     from nostalgia.config import parse
     from nostalgia.config.checks import check_launch
     from nostalgia.parallel.accelerator import launch_info, make_accelerator
-    from nostalgia.parallel.failure import FailureWatch, leave
+    from nostalgia.parallel.failure import FailureWatch, forget_exit_code, leave
 
+    forget_exit_code()
     watch: FailureWatch | None = None
     try:
         request = parse(sys.argv[1:] if argv is None else argv)

@@ -84,6 +84,13 @@ class FailureWatch:
                 leave(failure.exit_code)
 
 
+def forget_exit_code() -> None:
+    """A run that begins, or begins again after a restart: what an earlier attempt left no longer counts."""
+    path = os.environ.get("NOSTALGIA_EXIT_FILE")
+    if path and os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        open(path, "w").close()
+
+
 def leave(exit_code: int) -> None:
     """End this process at once with ``exit_code``, whatever its other threads wait for.
 
