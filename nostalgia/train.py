@@ -19,13 +19,16 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     from nostalgia.config import parse
     from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.accelerator import launch_info, make_accelerator
-    from nostalgia.parallel.failure import FailureWatch, forget_exit_code, leave
+    from nostalgia.parallel.exit_code import forget_exit_code, leave
 
     forget_exit_code()
     watch: FailureWatch | None = None
     try:
         request = parse(sys.argv[1:] if argv is None else argv)
+        # Seconds to import: a refused command line, and --help, need not wait for them.
+        from nostalgia.parallel.accelerator import launch_info, make_accelerator
+        from nostalgia.parallel.failure import FailureWatch
+
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)

@@ -46,9 +46,7 @@ def devices(request: Request, environment: Mapping[str, str]) -> tuple[int, str]
     return int(given or gpus or CPU_PROCESSES), "cuda" if gpus else "cpu"
 
 
-def run_folder(
-    request: Request, words: Sequence[str], environment: Mapping[str, str], now: datetime
-) -> Path | None:
+def run_folder(request: Request, words: Sequence[str], environment: Mapping[str, str], now: datetime) -> Path | None:
     """``RUN_DIR``, else a new ``<output_dir>/<date_time>``: one folder for all restarts of a job."""
     named = any(word.split("=")[0] in ("--run-dir", "--resume") for word in words)
     if named or request.dry_run:

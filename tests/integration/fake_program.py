@@ -1,8 +1,8 @@
 """Stands in for nostalgia.train under the launch scripts: notes how each process was started, then does as told.
 
-``FAKE_NOTES``: folder for the notes. ``FAKE_DOES``: what the process does, by attempt, ``restart-once,leave-4``:
-``done``; ``leave-N`` as the program does with code N; ``die`` (rank 1 kills itself, the others wait to be ended and leave
-75 as if asked to stop); ``wait`` for SIGUSR1 or SIGTERM and leave 75.
+``FAKE_NOTES``: folder for the notes. ``FAKE_DOES``: what each process does, by attempt (``die,leave-4``): ``done``;
+``leave-N`` as the program does with code N; ``die`` (rank 1 kills itself, the others wait until they are ended and leave
+75, as if asked to stop); ``wait`` for a signal and leave 75.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from nostalgia.parallel.failure import forget_exit_code, leave
+from nostalgia.parallel.exit_code import forget_exit_code, leave
 
 KEPT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RESTART_COUNT")
 

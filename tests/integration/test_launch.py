@@ -40,7 +40,12 @@ class Started:
         ours = {**cpu_environment(), **environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}"}
         del ours["ACCELERATE_USE_CPU"]  # for the scripts to set
         self.process = subprocess.Popen(
-            [str(LAUNCH / script), *words], cwd=ROOT, env=ours, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [str(LAUNCH / script), *words],
+            cwd=ROOT,
+            env=ours,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def finish(self, timeout: float = 200) -> tuple[int, str]:
@@ -153,16 +158,14 @@ def test_scripts_are_clean(script: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "words", "environment", "message"),
     [
-        ("ddp.sh", ["dataset=digts"], {}, "did you mean digits"),
+        ("ddp.sh", ["train.epoch=3"], {}, "did you mean train.epochs"),
         ("ddp.sh", ["--suite", "demo"], {"NPROC": "two"}, "NPROC=two"),
         ("multinode.sh", ["--suite", "demo"], {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
         ("multinode.sh", [], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "STRATEGY": "dp"}, "STRATEGY=dp"),
-        ("debug.sh", ["dataset=digts"], {}, "did you mean digits"),
+        ("debug.sh", ["train.epoch=3"], {}, "did you mean train.epochs"),
     ],
 )
-def test_wrong_usage_starts_nothing(
-    script: str, words: list[str], environment: dict[str, str], message: str
-) -> None:
+def test_wrong_usage_starts_nothing(script: str, words: list[str], environment: dict[str, str], message: str) -> None:
     code, output = Started(script, *words, **environment).finish()
     assert code == 2
     assert message in output
@@ -200,3 +203,81 @@ def test_two_nodes_are_one(tmp_path: Path) -> None:
     assert len(losses(one)) == 8
     assert losses(one) == losses(two)
     assert matrix(one) == matrix(two)
+
+
+@pytest.mark.long
+def test_two_nodes_with_fsdp_are_one(tmp_path: Path) -> None:
+    launches = [
+        Started("fsdp.sh", f"experiment.output_dir={tmp_path / 'one'}", *TINY, NPROC="2"),
+        *two_nodes(tmp_path / "two", *TINY, STRATEGY="fsdp"),
+    ]
+    outputs = []
+    for launch in launches:
+        code, output = launch.finish(280)
+        assert code == 0, output
+        outputs.append(output)
+    assert all("fsdp2" in output for output in outputs[:1])
+    assert losses(tmp_path / "one" / "latest") == losses(tmp_path / "two" / "latest")
+    assert matrix(tmp_path / "one" / "latest") == matrix(tmp_path / "two" / "latest")
+
+
+SHORT = (
+    "--suite", "demo", "--quiet", "train.accelerator=cpu", "train.epochs=4", "train.head_warmup_epochs=0",
+    "nostalgia.top_k=4", "nostalgia.num_samples=64", "nostalgia.tol=0.1", "train.log_every_n_steps=1",
+    "train.checkpoint_every_steps=5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, output = Started("ddp.sh", *SHORT, RUN_DIR=str(folder), NPROC="2").finish(280)
+    assert code == 0, output
+    return folder
+
+
+def workers(script: Started) -> list[int]:
+    """Process ids of the ranks below a launch script: the children of its torchrun."""
+    found = [script.process.pid]
+    for _ in range(2):
+        found = [int(line) for parent in found for line in children(parent)]
+    return found
+
+
+def children(parent: int) -> list[str]:
+    return subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_killed_rank_costs_no_more_than_a_restart(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    started = Started("ddp.sh", *SHORT, RUN_DIR=str(folder), NPROC="2")
+    until(lambda: (folder / "metrics.csv").exists() and len(losses(folder)) > 60, 280)
+    os.kill(workers(started)[-1], signal.SIGKILL)
+    code, output = started.finish(280)
+    assert code == 0, output
+    assert "resuming from" in output
+    assert losses(folder) == losses(undisturbed)
+    assert matrix(folder) == matrix(undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_slurm_ends_and_goes_on_in_the_same_folder(undisturbed: Path, tmp_path: Path) -> None:
+    """Two nodes, SIGUSR1 in the middle, the requeued job goes on: the numbers of one node left alone."""
+    stub = slurm(tmp_path, nodes=2, job=72)
+    named = {"NOSTALGIA_HOME": str(ROOT), "NPROC": "1", "OUTPUT_DIR": str(tmp_path), **stub}
+    folder = tmp_path / "slurm-72"
+    first = Started("slurm.sbatch", *SHORT, MASTER_PORT=free_port(), **named)
+    until(lambda: (folder / "metrics.csv").exists() and len(losses(folder)) > 60, 280)
+    first.process.send_signal(signal.SIGUSR1)
+    code, output = first.finish(280)
+    assert code == 75, output
+    assert "scontrol requeue 72" in (tmp_path / "log").read_text()
+    assert not (folder / "results" / "results.json").exists()
+    second = Started("slurm.sbatch", *SHORT, MASTER_PORT=free_port(), SLURM_RESTART_COUNT="1", **named)
+    code, output = second.finish(280)
+    assert code == 0, output
+    assert losses(folder) == losses(undisturbed)
+    assert matrix(folder) == matrix(undisturbed)
