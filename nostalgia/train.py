@@ -29,12 +29,16 @@ def main(
     warnings.filterwarnings("ignore", category=FutureWarning)
     from nostalgia import config
     from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.accelerator import launch_info, make_accelerator
-    from nostalgia.parallel.failure import FailureWatch, leave
+    from nostalgia.parallel.exit_code import forget_exit_code, leave
 
+    forget_exit_code()
     watch: FailureWatch | None = None
     try:
         request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
+        # Seconds to import: a refused command line, and --help, need not wait for them.
+        from nostalgia.parallel.accelerator import launch_info, make_accelerator
+        from nostalgia.parallel.failure import FailureWatch
+
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)

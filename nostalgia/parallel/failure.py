@@ -6,15 +6,14 @@ one that is stuck in a collective, waiting for the rank that failed, ends within
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
 import threading
 import time
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from nostalgia.parallel.exit_code import leave
 
 KEY = "nostalgia/failure"
 POLL_SECONDS = 0.5
@@ -82,20 +81,3 @@ class FailureWatch:
             if failure is not None and failure.rank != self.rank:
                 time.sleep(GRACE_SECONDS)
                 leave(failure.exit_code)
-
-
-def leave(exit_code: int) -> None:
-    """End this process at once with ``exit_code``, whatever its other threads wait for.
-
-    Launchers turn any failure of a worker into 1, and restart it: where a launch script has named a file in
-    ``NOSTALGIA_EXIT_FILE``, codes that a restart would not change are left there and the process ends with 0.
-    """
-    path = os.environ.get("NOSTALGIA_EXIT_FILE")
-    if path and exit_code in (2, 3, 4, 75):
-        with open(path, "w") as file:
-            file.write(str(exit_code))
-        exit_code = 0
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed by its reader: nothing could be shown any more
-            stream.flush()
-    os._exit(exit_code)

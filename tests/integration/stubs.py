@@ -1,0 +1,47 @@
+"""Stand-ins for a cluster's commands, put first on PATH: what Slurm would do with one task a node, on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SRUN = r"""#!/usr/bin/env bash
+# One task a node, all on this machine; signals go on to the tasks; ends with the highest exit code.
+while [[ $1 == --* ]]; do echo "$1" >>"$SLURM_STUB_LOG"; shift; done
+tasks=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+  SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+  tasks+=($!)
+done
+for signal in USR1 TERM; do trap "echo forwarded $signal >>$SLURM_STUB_LOG; kill -s $signal ${tasks[*]}" "$signal"; done
+worst=0
+for task in "${tasks[@]}"; do
+  wait "$task"
+  while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+  wait "$task"
+  code=$?
+  ((code > worst)) && worst=$code
+done
+exit "$worst"
+"""
+
+SCONTROL = r"""#!/usr/bin/env bash
+case "$1 $2" in
+  "show hostnames") for ((node = 0; node < SLURM_NNODES; node++)); do echo 127.0.0.1; done ;;
+  *) echo "scontrol $*" >>"$SLURM_STUB_LOG" ;;
+esac
+"""
+
+
+def slurm(folder: Path, *, nodes: int, job: int) -> dict[str, str]:
+    """Write the stubs into ``folder``; returns the environment of a batch script of ``job`` on ``nodes`` nodes."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {
+        "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
+        "SLURM_STUB_LOG": str(folder / "log"),
+        "SLURM_JOB_ID": str(job),
+        "SLURM_NNODES": str(nodes),
+        "SLURM_JOB_NODELIST": f"node[1-{nodes}]",
+    }
