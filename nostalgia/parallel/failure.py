@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 KEY = "nostalgia/failure"
 POLL_SECONDS = 0.5
@@ -32,7 +33,7 @@ class FailureWatch:
     """Shares failures over the ranks of the default process group; does nothing for one process."""
 
     def __init__(self) -> None:
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._stopped = threading.Event()
         self.rank = 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
