@@ -20,15 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     from nostalgia.config import parse
     from nostalgia.config.checks import check_launch
     from nostalgia.parallel.accelerator import launch_info, make_accelerator
-    from nostalgia.parallel.failure import FailureWatch, leave
+    from nostalgia.parallel.failure import FailureWatch, already_ended, leave
 
+    if already_ended():
+        return 0
     watch: FailureWatch | None = None
     try:
         request = parse(sys.argv[1:] if argv is None else argv)
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
-        watch = FailureWatch()
+        watch = FailureWatch(request.config.train.heartbeat_seconds)
         from nostalgia.experiment import run
 
         run(request, accelerator, precision)
