@@ -80,8 +80,8 @@ class Heartbeats:
     def speaks_alone(self) -> bool:
         """Whether this rank prints where the store cannot settle who does: the first on its machine that can."""
         first = self.last[0]
-        beside = not _launcher_holds_store() and first is not None and first.host == socket.gethostname()
-        return int(os.environ.get("LOCAL_RANK", "0")) == (1 if beside else 0)
+        beside = not _launcher_holds_store() and (first is None or first.host == socket.gethostname())
+        return int(os.environ.get("LOCAL_RANK", "0")) <= beside  # rank 0 would be the one that is silent
 
     def _host(self, ranks: list[int]) -> str:
         known = (self.last[rank] for rank in ranks)

@@ -59,6 +59,7 @@ def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, stopped: in
             all_stopped_and_continued(ranks)
             assert all(psutil.Process(pid).is_running() for pid in ranks)
             assert not (tmp_path / "code").exists()
+        time.sleep(0.5)  # a round or two of heartbeats, so that each knows the other's host
         os.kill(ranks[stopped], signal.SIGSTOP)
         assert seconds_until_gone(ranks[1 - stopped], 20) < BOUND + 5
         assert (tmp_path / "code").read_text() == "4"
@@ -68,8 +69,9 @@ def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, stopped: in
                 os.kill(pid, signal.SIGKILL)  # torchrun would, after 30 s
     assert launcher.wait(30) == 1
     assert launcher.stderr is not None
-    lines = [line for line in launcher.stderr.read().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
+    text = launcher.stderr.read()
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
     assert lines[0].startswith(f"error: rank {stopped} (host ")
     assert f"has not answered for {BOUND:g} s" in lines[0]
 
