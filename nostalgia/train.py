@@ -29,9 +29,10 @@ def main(
     warnings.filterwarnings("ignore", category=FutureWarning)
     from nostalgia import config
     from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.exit_code import forget_exit_code, leave
+    from nostalgia.parallel.exit_code import already_ended, leave
 
-    forget_exit_code()
+    if already_ended():
+        return 0
     watch: FailureWatch | None = None
     try:
         request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
@@ -42,7 +43,7 @@ def main(
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
-        watch = FailureWatch()
+        watch = FailureWatch(request.config.train.heartbeat_seconds)
         if run is None:
             from nostalgia.experiment import run
         run(request, accelerator, precision)

@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.gradient_accumulation_steps": (1, math.inf, True),
     "train.max_grad_norm": (0, math.inf, False),
     "train.label_smoothing": (0, 0.99, True),
+    "train.heartbeat_seconds": (0, math.inf, True),
     "train.log_every_n_steps": (1, math.inf, True),
     "train.timeout_minutes": (0, math.inf, False),
     "train.checkpoint_every_steps": (0, math.inf, True),

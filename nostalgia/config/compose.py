@@ -152,7 +152,7 @@ def known_keys() -> list[str]:
     def walk(kind: Any, prefix: str) -> list[str]:
         keys = []
         for item in fields(kind):
-            value = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[misc]
+            value = item.default_factory() if callable(item.default_factory) else item.default
             name = f"{prefix}{item.name}"
             keys.append(name)
             if is_dataclass(value):

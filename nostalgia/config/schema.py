@@ -146,6 +146,8 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: Any = "auto"
     """The number of processes you expect; the launcher starts them."""
+    heartbeat_seconds: float = 60.0
+    """A rank that is stopped, or whose machine is gone, for longer ends the run; 0: only its timeout does."""
     log_every_n_steps: int = 50
     timeout_minutes: float = 30.0
     """A rank that waits longer for the others ends the run."""

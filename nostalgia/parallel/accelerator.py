@@ -10,6 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -67,7 +68,8 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    for backend in (torch.backends.cuda.matmul, conv):
         backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     plugin = _fsdp_plugin(precision) if launch.fsdp else None
     with warnings.catch_warnings():
