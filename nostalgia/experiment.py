@@ -30,7 +30,7 @@ from nostalgia.methods.finetune import PlainStep
 from nostalgia.models import make_head, norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.observer import PhaseObserver
-from nostalgia.parallel.accelerator import strategy, wrap_by_layer
+from nostalgia.parallel.accelerator import sharded_copy, strategy, wrap_by_layer
 from nostalgia.parallel.coordination import agree
 from nostalgia.parallel.guard import check_consistency
 from nostalgia.projection import MemoryUpdate
@@ -311,9 +311,7 @@ class Experiment:
         model: nn.Module = TaskModel(parts.backbone, [parts.heads[-1]])
         if options.method == "finite_difference" and strategy(self.accelerator) == "fsdp2":
             # Two ordinary gradients of the sharded model: nothing is gathered.
-            wrap_by_layer(self.accelerator, parts.backbone)
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-            model, _ = self.accelerator.prepare(copy.deepcopy(model), optimizer)
+            model = sharded_copy(self.accelerator, model)
         available = projected_parameters(model.backbone, self.config.nostalgia.project_params)  # type: ignore[arg-type]
         parameters = {name: available[name] for name in parts.projected}
         return task_operator(model, loss_fn, batches, parameters, self.accelerator, options, parts.space)
@@ -354,6 +352,7 @@ class Experiment:
                 "curvature": self.config.nostalgia.curvature,
                 "memory_eigenvalues": memory.eigenvalues.tolist(),
                 "memory_dropped": update.dropped,
+                "memory_basis": memory.describe(),
                 "principal_angles": angles,
                 **({"density": density} if density else {}),
             },
@@ -447,7 +446,8 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     memory = parts.memory
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
-    local = parts.space.size if memory.replicates(parts.space, columns) else parts.space.local_size
+    placement = memory.place(parts.space)
+    local = parts.space.size if placement.replicated else parts.space.local_size
     device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
@@ -476,4 +476,5 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         suite=request.suite,
         basis_columns=columns if projects else 0,
         basis_bytes=columns * local * itemsize if projects else 0,
+        basis_placement=str(placement),
     )
