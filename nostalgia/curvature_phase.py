@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.models.backbones import projected_parameters
-from nostalgia.parallel.accelerator import strategy, wrap_by_layer
+from nostalgia.parallel.accelerator import sharded_copy, strategy
 from nostalgia.parallel.coordination import agree
 from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.files import write_json
@@ -104,9 +103,7 @@ class CurvaturePhase:
         model: nn.Module = TaskModel(parts.backbone, [parts.heads[-1]])
         if options.method == "finite_difference" and strategy(self.accelerator) == "fsdp2":
             # Two ordinary gradients of the sharded model: nothing is gathered.
-            wrap_by_layer(self.accelerator, parts.backbone)
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-            model, _ = self.accelerator.prepare(copy.deepcopy(model), optimizer)
+            model = sharded_copy(self.accelerator, model)
         available = projected_parameters(model.backbone, self.config.nostalgia.project_params)  # type: ignore[arg-type]
         parameters = {name: available[name] for name in parts.projected}
         return task_operator(model, loss_fn, batches, parameters, self.accelerator, options, parts.space)
@@ -142,6 +139,7 @@ class CurvaturePhase:
                 "curvature": self.config.nostalgia.curvature,
                 "memory_eigenvalues": memory.eigenvalues.tolist(),
                 "memory_dropped": update.dropped,
+                "memory_basis": memory.describe(),
                 "principal_angles": angles,
                 **({"density": density} if density else {}),
             },

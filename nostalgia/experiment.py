@@ -402,7 +402,8 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     memory = parts.memory
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
-    local = parts.space.size if memory.replicates(parts.space, columns) else parts.space.local_size
+    placement = memory.place(parts.space)
+    local = parts.space.size if placement.replicated else parts.space.local_size
     device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
@@ -431,4 +432,5 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         suite=request.suite,
         basis_columns=columns if projects else 0,
         basis_bytes=columns * local * itemsize if projects else 0,
+        basis_placement=str(placement),
     )

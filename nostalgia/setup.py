@@ -124,7 +124,7 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
         )
     else:
         space = VectorSpace.of(projected, dtype=dtype, device=accelerator.device)
-    method, memory = make_method(config)
+    method, memory = make_method(config, len(tasks))
     if method.needs_curvature and config.nostalgia.top_k > space.size:
         raise UsageError(
             f"nostalgia.top_k={config.nostalgia.top_k}: allowed 1 to {space.size}, the number of projected parameters"
@@ -168,13 +168,14 @@ def make_backbone(config: Config) -> Backbone:
     return backbone
 
 
-def make_method(config: Config) -> tuple[Method, CurvatureMemory]:
+def make_method(config: Config, num_tasks: int) -> tuple[Method, CurvatureMemory]:
     """The method, and the memory it writes (empty for methods without one)."""
     options = config.nostalgia
+    k_max = 4 * options.top_k if options.k_max is None else options.k_max
     memory = CurvatureMemory(
         options.top_k,
         options.merge,
-        options.k_max,
+        min(k_max, num_tasks * options.top_k),  # so that `auto` counts no columns that never come
         placement=options.basis_placement,
         dtype=torch.bfloat16 if options.basis_dtype == "bfloat16" else None,
         budget_bytes=None if options.basis_memory_gb is None else options.basis_memory_gb * 2**30,

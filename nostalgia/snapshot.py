@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -27,6 +27,7 @@ from nostalgia.run_state import RunState
 from nostalgia.setup import Parts, versions
 from nostalgia.task_heads import empty_heads
 from nostalgia.training.loop import PhaseState, Training
+from nostalgia.training.task_model import TaskModel
 
 _SOLVE_VECTORS = ("basis", "parked")
 
@@ -48,11 +49,11 @@ class Snapshot:
         parts = self.parts
         backbone: nn.Module = parts.backbone
         if training is not None and state.stage != "baseline":  # which trains a head on a copy
-            backbone = inner_module(training.wrapped).backbone
+            backbone = cast(TaskModel, inner_module(training.wrapped)).backbone
         values = tensors.to_main(self._trained(backbone))
         phase = None if training is None else training.capture()
         ranks = tensors.gather_objects(
-            {**capture_random_state(parts.view.device), "norm": norm_statistics.capture(backbone)}  # type: ignore[arg-type]
+            {**capture_random_state(parts.view.device), "norm": norm_statistics.capture(backbone)}
         )
         solve, references = self._take_solve(values)
         label = f"task{state.round}_{state.stage}" if kind != "end_of_task" else f"task{state.round - 1}_{kind}"
@@ -189,5 +190,5 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

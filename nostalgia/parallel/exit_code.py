@@ -8,11 +8,18 @@ import sys
 
 
 def already_ended() -> bool:
-    """Whether this is a restart after an attempt that left a code which a restart would not change."""
+    """Whether this is a restart after an attempt that left a code which a restart would not change.
+
+    75 is not one: a process that was told to stop because another died leaves it, and the restart goes on from there.
+    """
     path = os.environ.get("NOSTALGIA_EXIT_FILE")
-    if not path or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not path or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not os.path.isfile(path):
         return False
-    return os.path.isfile(path) and os.path.getsize(path) > 0
+    with open(path) as file:
+        code = file.read().strip()
+    if code == "75" and os.environ.get("LOCAL_RANK", "0") == "0":
+        open(path, "w").close()
+    return code not in ("", "75")
 
 
 def leave(exit_code: int, *, stuck: bool = False) -> None:

@@ -7,7 +7,9 @@ that cannot say anything any more is missed by its heartbeat (`heartbeat`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import threading
 import time
 from dataclasses import dataclass

@@ -125,7 +125,7 @@ def preload() -> None:
     import peft  # noqa: F401
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot
     import sklearn.datasets  # noqa: F401
     import transformers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nostalgia.parallel.failure import already_ended
+from nostalgia.parallel.exit_code import already_ended
 from nostalgia.parallel.heartbeat import ROUNDS, Beat, Heartbeats
 
 
