@@ -33,6 +33,7 @@ from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
 from nostalgia.parallel.coordination import agree
 from nostalgia.parallel.guard import check_consistency
+from nostalgia.prediction import ForgettingCheck, directions
 from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
 from nostalgia.reporting.drawing import draw_run
@@ -120,6 +121,7 @@ class Experiment:
         self.baseline: list[float | None] = []
         self.seconds: list[float] = []
         self.bases: dict[str, Any] = {}  # earlier tasks' eigenspaces, for the angles between them
+        self.forgetting = ForgettingCheck(parts, self.bases, folder) if ForgettingCheck.wanted(parts) else None
         self.initial = {k: v.detach().cpu().clone() for k, v in parts.backbone.state_dict().items()}
         # Evaluation images are few and read again after every task: their loaders are made once.
         self.val_loaders = [parts.loader([task], train=False) for task in parts.tasks]
@@ -165,7 +167,8 @@ class Experiment:
         parts.norm_statistics.append(norm_statistics.capture(parts.backbone))
         scores = self._evaluate_seen()
         self.matrix.append([s.accuracy for s in scores] + [None] * (len(parts.tasks) - len(scores)))
-        pairs, update = self._curvature(task, loader.images) if parts.method.needs_curvature else (None, None)
+        wanted = parts.method.needs_curvature or self.forgetting is not None
+        pairs, update = self._curvature(task, loader.images) if wanted else (None, None)
         self.seconds.append(time.perf_counter() - started)
         self._report(task, pairs, update, observer.leak)
 
@@ -269,7 +272,7 @@ class Experiment:
 
     # -- curvature -------------------------------------------------------------------------------------------------
 
-    def _curvature(self, task: Task, images: Prepared) -> tuple[Eigenpairs, MemoryUpdate]:
+    def _curvature(self, task: Task, images: Prepared) -> tuple[Eigenpairs, MemoryUpdate | None]:
         """The finished task's eigenpairs into the method's memory and the run's files."""
         parts, options = self.parts, curvature_options(self.config)
         batches = agree(
@@ -298,7 +301,9 @@ class Experiment:
                 f"(worst residual {float(pairs.residuals.max()):.2g}); raise nostalgia.max_products or "
                 "nostalgia.tol, or use nostalgia.precision=float64"
             )
-        update = parts.method.finish_task(task.index, pairs)
+        update = parts.method.finish_task(task.index, pairs) if parts.method.needs_curvature else None
+        if self.forgetting is not None:
+            self.forgetting.task_finished(task, operator, pairs, self._warn)
         self._save_curvature(task, operator, pairs, update)
         return pairs, update
 
@@ -318,7 +323,12 @@ class Experiment:
         parameters = {name: available[name] for name in parts.projected}
         return task_operator(model, loss_fn, batches, parameters, self.accelerator, options, parts.space)
 
-    def _save_curvature(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate) -> None:
+    def _warn(self, line: str) -> None:
+        self.console.print(f"warning: {line}", highlight=False)
+
+    def _save_curvature(
+        self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate | None
+    ) -> None:
         memory, space = self.parts.memory, pairs.space
         angles = {
             name: principal_angles(basis, pairs.eigenvectors, space).tolist() for name, basis in self.bases.items()
@@ -334,6 +344,7 @@ class Experiment:
             seconds=pairs.seconds,
             memory_columns=memory.columns,
         )
+        where_they_lie = directions(self.parts, pairs, self.forgetting, task.name)
         if not self.accelerator.is_main_process:
             return
         where = self.folder / "curvature"
@@ -353,8 +364,9 @@ class Experiment:
                 "seconds": pairs.seconds,
                 "curvature": self.config.nostalgia.curvature,
                 "memory_eigenvalues": memory.eigenvalues.tolist(),
-                "memory_dropped": update.dropped,
+                "memory_dropped": 0 if update is None else update.dropped,
                 "principal_angles": angles,
+                **where_they_lie,
                 **({"density": density} if density else {}),
             },
         )

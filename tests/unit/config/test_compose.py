@@ -101,3 +101,16 @@ def test_what_the_launcher_decides() -> None:
     config.train.precision, config.train.devices = "auto", 4
     with pytest.raises(UsageError, match="nproc_per_node 4"):
         check_launch(config, device_type="cpu", world_size=2)
+
+
+@pytest.mark.parametrize("key", ["retain_graph", "predict_forgetting"])
+def test_switches_are_understood_unquoted(key: str) -> None:
+    for word in ("true", "false", "auto"):
+        assert getattr(parse([f"nostalgia.{key}={word}"]).config.nostalgia, key) == word
+    with pytest.raises(UsageError, match=f"nostalgia.{key}=maybe: allowed are auto, true, false"):
+        parse([f"nostalgia.{key}=maybe"])
+
+
+def test_joint_training_has_no_forgetting_to_predict() -> None:
+    with pytest.raises(UsageError, match=r"predict_forgetting=true with method=joint.*use auto or false"):
+        parse(["method=joint", "nostalgia.predict_forgetting=true"])
