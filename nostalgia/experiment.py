@@ -218,7 +218,7 @@ class Experiment:
 
     def _curvature(self, tasks: list[Task]) -> None:
         pairs, update = None, None
-        if self.parts.method.needs_curvature:
+        if self.curvature.wanted:
             images = self.parts.loader(tasks, train=True).images
             solve, self.solve = self.solve, None
             pairs, update = self.curvature.run(tasks[0], images, solve, self.checkpoints.after_product)

@@ -70,7 +70,7 @@ class Snapshot:
             "phase": None if phase is None else phase.position,
             "solve": solve,
             "heads": len(parts.heads),
-            "memory": self.curvature.saved_memory(),
+            "curvature": self.curvature.state(),
             "log": log,
             "ranks": rest,
             "tasks": [[t.name, t.classes] for t in parts.tasks],
@@ -103,8 +103,8 @@ class Snapshot:
             targets.update({f"norm/{i}/{key}": value for key, value in statistics.items()})
             tensors.from_main(targets, values, source)
             parts.norm_statistics.append(statistics)
-        self.curvature.load_memory(saved["memory"])
-        self.curvature.references = {k: v for k, v in resumed.references.items() if EIGENSOLVE not in k}
+        references = {name: digest for name, digest in resumed.references.items() if EIGENSOLVE not in name}
+        self.curvature.restore(saved["curvature"], references)
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
         if saved["solve"] is not None:

@@ -295,6 +295,9 @@ def _checked(composed: Any) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from None
     assert isinstance(config, Config)
+    options = config.nostalgia
+    # On the command line `true` is a boolean, which a key of words turns into "True".
+    options.retain_graph, options.predict_forgetting = options.retain_graph.lower(), options.predict_forgetting.lower()
     check(config)
     return config
 

@@ -120,6 +120,11 @@ class NostalgiaConfig:
     """Products of an eigensolve between checkpoints; 0: none."""
     spectral_density: bool = False
     """Estimate the whole spectrum's density of each finished task as well."""
+    predict_forgetting: str = "auto"
+    """Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto
+    (where the method takes curvature). Reads the earlier tasks' curvature samples again, as evaluation does its own."""
+    trace_samples: int = 8
+    """Random vectors the trace of a finished task's curvature is estimated by; one product each."""
 
 
 @dataclass

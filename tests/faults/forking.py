@@ -91,7 +91,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     assert last is not None
     assert last.manifest["kind"] == "end_of_task"
     tensors = {k: v for k, v in last.tensors().items() if not k.startswith("ranks/")}
-    memory = read_tensors(folder / last.state()["memory"]["file"])["basis"]
+    memory = read_tensors(folder / last.state()["curvature"]["memory"]["file"])["basis"]
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     for row in rows:
         row.pop("images_per_s")
