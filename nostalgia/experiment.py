@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nostalgia.config import Request
+from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
 from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.data.stream import Batch, Prepared, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
 from nostalgia.evaluation.accuracy import Score, evaluate
-from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.methods import StepRule
@@ -119,7 +119,7 @@ class Experiment:
         self.before: list[float | None] = []
         self.baseline: list[float | None] = []
         self.seconds: list[float] = []
-        self.bases: dict[str, Any] = {}  # earlier tasks' eigenspaces, for the angles between them
+        self.bases: dict[str, Any] = {}  # earlier tasks' eigenspaces, on the host, for the angles between them
         self.initial = {k: v.detach().cpu().clone() for k, v in parts.backbone.state_dict().items()}
         # Evaluation images are few and read again after every task: their loaders are made once.
         self.val_loaders = [parts.loader([task], train=False) for task in parts.tasks]
@@ -319,10 +319,13 @@ class Experiment:
     def _save_curvature(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate) -> None:
         memory, space = self.parts.memory, pairs.space
         angles = {
-            name: principal_angles(basis, pairs.eigenvectors, space).tolist() for name, basis in self.bases.items()
+            name: principal_angles(basis.to(space.device), pairs.eigenvectors, space).tolist()
+            for name, basis in self.bases.items()
         }
-        self.bases[task.name] = pairs.eigenvectors
-        density = self._density(operator) if self.config.nostalgia.spectral_density else None
+        self.bases[task.name] = pairs.eigenvectors.cpu()
+        options, estimate = self.config.nostalgia, None
+        if options.spectral_density:
+            estimate = estimate_spectrum(operator, options.density_runs, options.density_steps)
         basis = space.gather_flat(pairs.eigenvectors)
         self.log.curvature(
             task.name,
@@ -354,24 +357,9 @@ class Experiment:
                 "memory_dropped": update.dropped,
                 "memory_basis": memory.describe(),
                 "principal_angles": angles,
-                **({"density": density} if density else {}),
+                **({} if estimate is None else estimate.to_json()),
             },
         )
-
-    def _density(self, operator: BatchedOperator) -> dict[str, list[float]]:
-        """Density of the whole spectrum, by stochastic Lanczos quadrature (hessian-eigenthings, on our operator)."""
-        from hessian_eigenthings.algorithms.spectral_density import spectral_density
-
-        steps = min(40, operator.size)
-        result = spectral_density(
-            operator,
-            num_runs=4,
-            lanczos_steps=steps,
-            num_grid_points=1000,
-            seed=0,
-            backend=SpaceBackend(operator.space),
-        )
-        return {"grid": result.grid.tolist(), "density": result.density.tolist()}
 
     # -- the rest --------------------------------------------------------------------------------------------------
 

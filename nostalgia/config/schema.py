@@ -115,7 +115,11 @@ class NostalgiaConfig:
     guard_every_n_steps: int = 100
     """Compare checksums of parameters and memory over ranks this often; 0: never."""
     spectral_density: bool = False
-    """Estimate the whole spectrum's density of each finished task as well."""
+    """Estimate the density and the trace of each finished task's whole spectrum as well."""
+    density_runs: int = 4
+    """Random vectors that density is estimated from."""
+    density_steps: int = 40
+    """Lanczos steps from each: the estimate costs (density_runs + 1) density_steps products."""
 
 
 @dataclass
