@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ def main() -> None:
             accept_checksums(Path(root))
         code = {"train": train.main, "evaluate": evaluate.main}[command](words)
         assert code == 0, f"{command} {words}: exit code {code}"
-        print(f"finished: {command} {' '.join(words)}", flush=True)
+        print(f"finished: {time.process_time():.0f} s CPU: {command} {' '.join(words)}", flush=True)
 
 
 if __name__ == "__main__":

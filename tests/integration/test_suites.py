@@ -26,7 +26,7 @@ NETWORKS = ("vit", "deit_base_distilled", "resnet18")
 # A run of seconds, debug or not: what is asked of the eigensolver is little, the network sees 32 pixels.
 SMALL = (
     "--quiet", "dataset.batch_size=64", "dataset.num_workers=0", "dataset.download=false", "nostalgia.top_k=2",
-    "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=64",
+    "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=32",
     "logger.tensorboard=false",
 )  # fmt: skip
 REAL = ("train.epochs=1", "train.warmup_epochs=0", "train.head_warmup_epochs=1", "train.precision=32")
@@ -102,6 +102,7 @@ class Plan:
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         assert done.stdout.count("finished: ") == len(self.lines) * processes
+        print("\n".join(line[:120] for line in done.stdout.splitlines() if line.startswith("finished")))
         for folder in self.runs:
             check(folder)
 
