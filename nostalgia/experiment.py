@@ -39,6 +39,7 @@ from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_co
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.report import write_report
 from nostalgia.reporting.results import RunResults, write_results
 from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.run_log import RunLog
@@ -81,7 +82,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         paths = write_results(folder / "results", results)
         drawn = draw_run(read_run(folder), folder / "results" / "figures")
         experiment.log.figures(drawn.made)
-        print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        print_final(console, results, paths)
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
     experiment.log.finish(results)
@@ -146,7 +148,13 @@ class Experiment:
             world_size=self.accelerator.num_processes,
             seconds=time.perf_counter() - started,
             versions=versions(),
-            details={"model": self.config.model.name, "seconds_per_task": self.seconds},
+            details={
+                "model": self.config.model.name,
+                "seconds_per_task": self.seconds,
+                "device": device_name(self.accelerator),
+                "strategy": strategy(self.accelerator),
+                "precision": self.parts.precision,
+            },
         )
 
     # -- one task --------------------------------------------------------------------------------------------------
@@ -460,7 +468,6 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
     local = parts.space.size if memory.replicates(parts.space, columns) else parts.space.local_size
-    device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
         seed=config.experiment.seed,
@@ -475,7 +482,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         projected_parameters=parts.space.size if projects else 0,
         projected=config.nostalgia.project_params if projects else "",
-        devices=f"{accelerator.num_processes} x {device}",
+        devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
         strategy=strategy(accelerator),
         precision=parts.precision,
         per_device_batch_size=config.dataset.batch_size,
@@ -489,3 +496,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         basis_columns=columns if projects else 0,
         basis_bytes=columns * local * itemsize if projects else 0,
     )
+
+
+def device_name(accelerator: Accelerator) -> str:
+    return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
