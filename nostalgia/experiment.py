@@ -32,6 +32,7 @@ from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.report import write_report
 from nostalgia.reporting.results import RunResults, write_results
 from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.run_log import RunLog
@@ -72,7 +73,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         experiment.log.figures(drawn.made)
         if config.experiment.export:
             paths[EXPORT] = export_run(folder, parts, results, request.argv)
-        print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        print_final(console, results, paths)
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
     experiment.log.finish(results)
@@ -129,7 +131,13 @@ class Experiment:
             world_size=self.accelerator.num_processes,
             seconds=self._elapsed(),
             versions=versions(),
-            details={"model": self.config.model.name, "seconds_per_task": self.state.seconds},
+            details={
+                "model": self.config.model.name,
+                "seconds_per_task": self.state.seconds,
+                "device": device_name(self.accelerator),
+                "strategy": strategy(self.accelerator),
+                "precision": self.parts.precision,
+            },
         )
 
     # -- a round, stage by stage -----------------------------------------------------------------------------------
@@ -404,7 +412,6 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
     placement = memory.place(parts.space)
     local = parts.space.size if placement.replicated else parts.space.local_size
-    device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
         seed=config.experiment.seed,
@@ -419,7 +426,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         projected_parameters=parts.space.size if projects else 0,
         projected=config.nostalgia.project_params if projects else "",
-        devices=f"{accelerator.num_processes} x {device}",
+        devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
         strategy=strategy(accelerator),
         precision=parts.precision,
         per_device_batch_size=config.dataset.batch_size,
@@ -434,3 +441,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         basis_bytes=columns * local * itemsize if projects else 0,
         basis_placement=str(placement),
     )
+
+
+def device_name(accelerator: Accelerator) -> str:
+    return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)

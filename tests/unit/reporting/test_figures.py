@@ -112,10 +112,10 @@ def test_overlap_is_the_mean_squared_cosine() -> None:
         figures_curvature.subspace_overlap(["a"], {})
 
 
-def test_importance_is_a_share_of_the_trace_where_it_is_known() -> None:
+def test_curvature_share_is_one_of_the_trace_where_it_is_known() -> None:
     task = Spectrum("task1", [3.0, 1.0])
-    assert lines(figures_curvature.importance([task], [8.0]), "task1")[1] == pytest.approx([3 / 8, 1 / 2])
-    assert lines(figures_curvature.importance([task], [None]), "task1")[1] == pytest.approx([3 / 4, 1.0])
+    assert lines(figures_curvature.curvature_share([task], [8.0]), "task1")[1] == pytest.approx([3 / 8, 1 / 2])
+    assert lines(figures_curvature.curvature_share([task], [None]), "task1")[1] == pytest.approx([3 / 4, 1.0])
 
 
 def test_the_loss_of_a_new_task_is_no_continuation() -> None:
