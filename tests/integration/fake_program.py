@@ -1,8 +1,8 @@
 """Stands in for nostalgia.train under the launch scripts: notes how each process was started, then does as told.
 
 ``FAKE_NOTES``: folder for the notes. ``FAKE_DOES``: what each process does, by attempt (``die,leave-4``): ``done``;
-``leave-N`` as the program does with code N; ``die`` (rank 1 kills itself, the others wait until they are ended and leave
-75, as if asked to stop); ``wait`` for a signal and leave 75.
+``leave-N`` as the program does with code N; ``die`` (rank 1 kills itself, the others wait until they are ended and
+leave 75, as if asked to stop); ``wait`` for a signal and leave 75.
 """
 
 from __future__ import annotations
