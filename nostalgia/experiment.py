@@ -20,11 +20,12 @@ from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
+from nostalgia.exporting import EXPORT, export_run
 from nostalgia.full_run import cost_of_full_run
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
-from nostalgia.models import make_head, norm_statistics
+from nostalgia.models import norm_statistics
 from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
 from nostalgia.parallel.guard import check_consistency
@@ -40,6 +41,7 @@ from nostalgia.resume import Resumed, open_run
 from nostalgia.run_state import STAGES, RunState
 from nostalgia.setup import Parts, build_parts, checkpoint_schedule, optimization, versions
 from nostalgia.snapshot import Snapshot
+from nostalgia.task_heads import new_heads, take_up
 from nostalgia.training.loop import Phase, Training
 from nostalgia.training.task_model import TaskModel
 
@@ -70,6 +72,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         paths = write_results(folder / "results", results)
         drawn = draw_run(read_run(folder), folder / "results" / "figures")
         experiment.log.figures(drawn.made)
+        if config.experiment.export:
+            paths[EXPORT] = export_run(folder, parts, results, request.argv)
         print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
@@ -182,7 +186,7 @@ class Experiment:
         )
 
     def _train(self, tasks: list[Task]) -> None:
-        heads = [self._new_head(task) for task in tasks] if self.warm_head is None else [self.warm_head]
+        heads = new_heads(self.parts, tasks) if self.warm_head is None else [self.warm_head]
         name = tasks[0].name if len(tasks) == 1 else "joint"
         loader = self.parts.loader(tasks, train=True, name=name)
         epochs = self.parts.epochs(tasks[0]) if len(tasks) == 1 else self.config.train.epochs
@@ -195,7 +199,7 @@ class Experiment:
         parts = self.parts
         parts.backbone = model.backbone  # type: ignore[assignment]
         norm_statistics.average_over_ranks(parts.backbone)
-        parts.heads += list(model.heads)
+        take_up(parts, tasks, list(model.heads))
         parts.norm_statistics += [norm_statistics.capture(parts.backbone)] * len(tasks)
 
     def _evaluate(self, tasks: list[Task]) -> None:
@@ -218,7 +222,7 @@ class Experiment:
 
     def _curvature(self, tasks: list[Task]) -> None:
         pairs, update = None, None
-        if self.parts.method.needs_curvature:
+        if self.curvature.wanted:
             images = self.parts.loader(tasks, train=True).images
             solve, self.solve = self.solve, None
             pairs, update = self.curvature.run(tasks[0], images, solve, self.checkpoints.after_product)
@@ -230,11 +234,6 @@ class Experiment:
     @property
     def _warms_up(self) -> bool:
         return self.config.train.head_warmup_epochs > 0 and not self.parts.method.joint
-
-    def _new_head(self, task: Task) -> nn.Module:
-        seed = self.config.experiment.seed * 1000 + task.index
-        head = make_head(self.parts.backbone.feature_dim, len(task.classes), seed)
-        return head.to(device=self.accelerator.device, dtype=self.parts.view.dtype)
 
     def _fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
         """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
@@ -250,7 +249,7 @@ class Experiment:
         )
         backbone.set_trainable(False)  # type: ignore[operator]
         epochs = self.config.train.head_warmup_epochs
-        model = self._phase(backbone, [self._new_head(task)], loader, epochs, observer, head_only=True)
+        model = self._phase(backbone, new_heads(self.parts, [task]), loader, epochs, observer, head_only=True)
         model.backbone.set_trainable(True)  # type: ignore[operator]
         if record:
             self.state.step += observer.steps
@@ -407,7 +406,8 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     memory = parts.memory
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
-    local = parts.space.size if memory.replicates(parts.space, columns) else parts.space.local_size
+    placement = memory.place(parts.space)
+    local = parts.space.size if placement.replicated else parts.space.local_size
     device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
@@ -436,4 +436,5 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         suite=request.suite,
         basis_columns=columns if projects else 0,
         basis_bytes=columns * local * itemsize if projects else 0,
+        basis_placement=str(placement),
     )

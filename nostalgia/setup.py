@@ -15,7 +15,7 @@ from nostalgia.config.schema import Config
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.sources import load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
-from nostalgia.data.tasks import Task, build_tasks, expand_specs
+from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Finetune, Joint, Method, Nostalgia
@@ -48,38 +48,42 @@ class Parts:
 
     def loader(self, tasks: list[Task], train: bool, name: str | None = None) -> TaskLoader:
         """Batches of one task, or of several together (joint training)."""
-        dataset, accelerator = self.config.dataset, self.accelerator
-        images = Prepared(
-            [t.train if train else t.val for t in tasks], [t.transform for t in tasks], self.view.image_size
-        )
-        augment = tasks[0].augment if dataset.augment == "default" else dataset.augment
-        return TaskLoader(
-            images,
-            self.view,
-            name=name or tasks[0].name,
-            per_device_batch_size=dataset.batch_size,
-            train=train,
-            accumulation_steps=self.config.train.gradient_accumulation_steps if train else 1,
-            seed=self.config.experiment.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=dataset.num_workers,
-            augment=augment,
-        )
+        return task_loader(self.config, self.accelerator, self.view, tasks, train, name)
 
     def epochs(self, task: Task) -> int:
         per_task = self.config.train.epochs_per_task
         return per_task[task.index - 1] if per_task is not None else self.config.train.epochs
 
 
-def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Parts:
-    """Load data and weights and check what depends on them; an error on any rank is raised on all."""
+def task_loader(
+    config: Config, accelerator: Accelerator, view: View, tasks: list[Task], train: bool, name: str | None = None
+) -> TaskLoader:
+    """Batches of one task, or of several together, for this rank."""
+    dataset = config.dataset
+    images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.image_size)
+    augment = tasks[0].augment if dataset.augment == "default" else dataset.augment
+    return TaskLoader(
+        images,
+        view,
+        name=name or tasks[0].name,
+        per_device_batch_size=dataset.batch_size,
+        train=train,
+        accumulation_steps=config.train.gradient_accumulation_steps if train else 1,
+        seed=config.experiment.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=dataset.num_workers,
+        augment=augment,
+    )
+
+
+def load_tasks(config: Config, accelerator: Accelerator) -> list[Task]:
+    """The run's tasks with their data; rank 0 alone downloads, and first. A collective."""
     experiment, dataset = config.experiment, config.dataset
 
-    def load_tasks(is_main: bool) -> list[Task]:
-        specs = expand_specs(experiment.tasks, dataset.name, experiment.num_tasks, experiment.split)
+    def load(is_main: bool) -> list[Task]:
         return build_tasks(
-            specs,
+            task_specs(config),
             lambda name: load_source(
                 name,
                 root=dataset.root,
@@ -90,7 +94,17 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
             experiment.seed,
         )
 
-    tasks = main_first(accelerator, load_tasks)
+    return main_first(accelerator, load)
+
+
+def task_specs(config: Config) -> list[TaskSpec]:
+    experiment = config.experiment
+    return expand_specs(experiment.tasks, config.dataset.name, experiment.num_tasks, experiment.split)
+
+
+def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Parts:
+    """Load data and weights and check what depends on them; an error on any rank is raised on all."""
+    tasks = load_tasks(config, accelerator)
     backbone = agree(accelerator, lambda: make_backbone(config))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
@@ -110,7 +124,7 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
         )
     else:
         space = VectorSpace.of(projected, dtype=dtype, device=accelerator.device)
-    method, memory = make_method(config)
+    method, memory = make_method(config, len(tasks))
     if method.needs_curvature and config.nostalgia.top_k > space.size:
         raise UsageError(
             f"nostalgia.top_k={config.nostalgia.top_k}: allowed 1 to {space.size}, the number of projected parameters"
@@ -154,13 +168,14 @@ def make_backbone(config: Config) -> Backbone:
     return backbone
 
 
-def make_method(config: Config) -> tuple[Method, CurvatureMemory]:
+def make_method(config: Config, num_tasks: int) -> tuple[Method, CurvatureMemory]:
     """The method, and the memory it writes (empty for methods without one)."""
     options = config.nostalgia
+    k_max = 4 * options.top_k if options.k_max is None else options.k_max
     memory = CurvatureMemory(
         options.top_k,
         options.merge,
-        options.k_max,
+        min(k_max, num_tasks * options.top_k),  # so that `auto` counts no columns that never come
         placement=options.basis_placement,
         dtype=torch.bfloat16 if options.basis_dtype == "bfloat16" else None,
         budget_bytes=None if options.basis_memory_gb is None else options.basis_memory_gb * 2**30,

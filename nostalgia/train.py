@@ -6,25 +6,36 @@ import os
 import sys
 import traceback
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nostalgia.errors import NostalgiaError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from nostalgia.parallel.failure import FailureWatch
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed, 75 interrupted."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from nostalgia.config import parse
-    from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.exit_code import forget_exit_code, leave
+def main(
+    argv: list[str] | None = None,
+    parse: Callable[[list[str]], Any] | None = None,
+    run: Callable[[Any, Accelerator, str], Any] | None = None,
+) -> int:
+    """Exit codes: 0 done, 2 wrong usage or configuration, 3 data or weights not found, 4 run failed, 75 interrupted.
 
-    forget_exit_code()
+    Another command gives its own ``parse``, of a request with ``config``, and ``run``.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from nostalgia import config
+    from nostalgia.config.checks import check_launch
+    from nostalgia.parallel.exit_code import already_ended, leave
+
+    if already_ended():
+        return 0
     watch: FailureWatch | None = None
     try:
-        request = parse(sys.argv[1:] if argv is None else argv)
+        request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
         # Seconds to import: a refused command line, and --help, need not wait for them.
         from nostalgia.parallel.accelerator import launch_info, make_accelerator
         from nostalgia.parallel.failure import FailureWatch
@@ -32,9 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
-        watch = FailureWatch()
-        from nostalgia.experiment import run
+        watch = FailureWatch(request.config.train.heartbeat_seconds)
+        if run is None:
+            from nostalgia import experiment
 
+            run = experiment.run
         run(request, accelerator, precision)
         watch.stop()
         accelerator.end_training()

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nostalgia.config.checks import check
@@ -104,11 +105,12 @@ def parse(argv: list[str]) -> Request:
             raise UsageError(f"--resume {resume} names the folder itself: leave --run-dir out")
         run_dir = Path(resume)
     if flags.config is not None:
-        config = _checked(_from_file(Path(flags.config), debug + words))
+        config = _checked(_with_own_model(debug + words, lambda given: _from_file(Path(flags.config), given)))
     elif resume not in (None, "auto", "latest") and not groups:
-        config = _checked(_from_run(Path(resume), debug + words))
+        config = _checked(_with_own_model(debug + words, lambda given: _from_run(Path(resume), given)))
     else:
-        config = _checked(_compose(groups + debug + [w for w in words if w not in groups]))
+        words = groups + debug + [w for w in words if w not in groups]
+        config = _checked(_with_own_model(words, _compose))
     if resume == "latest" and run_dir is None:
         run_dir = (Path(config.experiment.output_dir).expanduser() / "latest").resolve()
     return Request(
@@ -150,7 +152,7 @@ def known_keys() -> list[str]:
     def walk(kind: Any, prefix: str) -> list[str]:
         keys = []
         for item in fields(kind):
-            value = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[misc]
+            value = item.default_factory() if callable(item.default_factory) else item.default
             name = f"{prefix}{item.name}"
             keys.append(name)
             if is_dataclass(value):
@@ -198,6 +200,8 @@ def _options(group: str) -> list[str]:
 def _translate(word: str) -> str:
     """Check group choices before Hydra does; ``dataset=`` takes any name, not only those with a file."""
     key, _, value = word.partition("=")
+    if any(key.startswith(f"{free}.") for free in FREE_KEYS) and "=" in word:
+        return f"++{word}"  # new there or not
     if key.lstrip("+~") not in GROUPS or "=" not in word:
         return word
     if value in _options(key.lstrip("+~")) or (key == "suite" and value == "null"):
@@ -208,6 +212,30 @@ def _translate(word: str) -> str:
         return "dataset.name=" + "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     options = _options(key.lstrip("+~"))
     raise UsageError(f"unknown {key.lstrip('+~')} {value!r}{_nearest(value, options)}; there are {', '.join(options)}")
+
+
+def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
+    """``compose(words)``, in which a network that the words choose takes nothing from the file of another.
+
+    Another library than the file's: its weights, architecture and settings belong to the other one and go, unless
+    they are given too. The name in results follows what was chosen.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    model = (composed := compose(words)).model
+    if "model.framework" in given:
+        file = compose([word for word in words if not word.startswith("model.framework=")]).model
+        if file.framework != model.framework:
+            model.arch = model.arch if "model.arch" in given else None
+            model.model_id = model.model_id if "model.model_id" in given else None
+            if "model.lora.target_modules" not in given:
+                model.lora.target_modules = None
+            with open_dict(model.config):
+                for key in set(file.config) - {name.removeprefix("model.config.") for name in given}:
+                    model.config.pop(key)
+    if given & {"model.arch", "model.model_id"} and "model.name" not in given:
+        network = model.arch or model.model_id
+        model.name = Path(network).name if network else model.name
+    return composed
 
 
 def _compose(words: list[str]) -> Any:
@@ -235,7 +263,8 @@ def _from_file(path: Path, words: list[str]) -> Any:
             raise UsageError(f"{path}: no section {missing[0]!r}; give a config.yaml that a run has written")
         for override in OverridesParser.create().parse_overrides(words):
             _check_key(override)
-        return OmegaConf.merge(OmegaConf.structured(Config), loaded, OmegaConf.from_dotlist(words))
+        given = OmegaConf.from_dotlist([word.lstrip("+") for word in words])
+        return OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -266,6 +295,9 @@ def _checked(composed: Any) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from None
     assert isinstance(config, Config)
+    options = config.nostalgia
+    # On the command line `true` is a boolean, which a key of words turns into "True".
+    options.retain_graph, options.predict_forgetting = options.retain_graph.lower(), options.predict_forgetting.lower()
     check(config)
     return config
 

@@ -19,6 +19,8 @@ class ExperimentConfig:
     """none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts."""
     output_dir: str = "${oc.env:OUTPUT_DIR,runs}/${experiment.name}"
     """The run's folder is made in here, named by date and time; `latest` points at it."""
+    export: bool = True
+    """Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters)."""
     deterministic: bool = False
     """Deterministic kernels only (slower on GPUs)."""
 
@@ -118,6 +120,11 @@ class NostalgiaConfig:
     """Products of an eigensolve between checkpoints; 0: none."""
     spectral_density: bool = False
     """Estimate the whole spectrum's density of each finished task as well."""
+    predict_forgetting: str = "auto"
+    """Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto
+    (where the method takes curvature). Reads the earlier tasks' curvature samples again, as evaluation does its own."""
+    trace_samples: int = 8
+    """Random vectors the trace of a finished task's curvature is estimated by; one product each."""
 
 
 @dataclass
@@ -144,6 +151,8 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: Any = "auto"
     """The number of processes you expect; the launcher starts them."""
+    heartbeat_seconds: float = 60.0
+    """A rank that is stopped, or whose machine is gone, for longer ends the run; 0: only its timeout does."""
     log_every_n_steps: int = 50
     timeout_minutes: float = 30.0
     """A rank that waits longer for the others ends the run."""

@@ -104,6 +104,13 @@ class Subset:
             lookup[torch.tensor(classes)] = torch.arange(len(classes))
             self.labels = lookup[labels]
 
+    def counted_over(self, classes: Sequence[str]) -> Subset:
+        """The same samples, labelled by the place of their class in ``classes``, which may hold others besides."""
+        result = Subset(self.base, self.indices)
+        result.classes = tuple(classes)
+        result.labels = torch.tensor([result.classes.index(name) for name in self.classes])[self.labels]
+        return result
+
     def __len__(self) -> int:
         return len(self.indices)
 

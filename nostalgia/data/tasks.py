@@ -17,6 +17,7 @@ from nostalgia.data.transforms import check_shifts
 from nostalgia.errors import UsageError
 
 DEFAULT_TASKS = 2
+KEYS = ("dataset", "classes", "transform", "head")  # of an entry of the task list
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class TaskSpec:
     classes: tuple[int | str, ...] | None = None  # indices or names; None: all
     transform: tuple[str, ...] = ()  # domain shifts, in order
     part: tuple[int, int] | None = None  # (i, n): the i-th of n disjoint parts of the classes, i from 0
+    head: str | None = None  # name of an earlier task whose head goes on; None: a head of its own
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its data; labels count from 0 over its own classes."""
+    """A task with its data; labels count from 0 over its own classes.
+
+    Where it goes on with the head of an earlier task, ``classes`` are that task's, then its own that are new:
+    the head's outputs. A class is the same where its name is.
+    """
 
     index: int  # from 1
     name: str  # task1_digits
@@ -42,6 +48,7 @@ class Task:
     transform: tuple[str, ...]
     augment: str
     source: str  # "embedded: scikit-learn"
+    head: str  # name of the first task with this head: its own, or an earlier one
 
 
 def expand_specs(
@@ -60,13 +67,18 @@ def expand_specs(
 def build_tasks(specs: Sequence[TaskSpec], load: Callable[[str], Source], seed: int) -> list[Task]:
     """Load each data set once and cut the tasks out of it; ``seed`` orders classes for a split by them."""
     sources: dict[str, Source] = {}
-    tasks = []
+    tasks: list[Task] = []
     for index, spec in enumerate(specs, 1):
         check_shifts(spec.transform)
         if spec.dataset not in sources:
             sources[spec.dataset] = load(spec.dataset)
-        tasks.append(_task(index, spec, sources[spec.dataset], seed))
+        tasks.append(_task(index, spec, sources[spec.dataset], seed, tasks))
     return tasks
+
+
+def head_classes(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
+    """What the outputs of each head stand for once all ``tasks`` are trained, by its name."""
+    return {task.head: task.classes for task in tasks}  # the last one with a head has all of its classes
 
 
 def _spec(index: int, entry: Any) -> TaskSpec:
@@ -74,22 +86,37 @@ def _spec(index: int, entry: Any) -> TaskSpec:
     if isinstance(entry, str):
         return TaskSpec(entry)
     if not isinstance(entry, dict) or "dataset" not in entry:
-        raise UsageError(f"{where}={entry}: allowed are a data set's name and {{dataset:, classes:, transform:}}")
+        raise UsageError(
+            f"{where}={entry}: allowed are a data set's name and {{dataset:, classes:, transform:, head:}}"
+        )
     for key in entry:
-        if key not in ("dataset", "classes", "transform"):
-            raise UsageError(f"{where}: unknown key {key!r}; allowed are dataset, classes, transform")
+        if key not in KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
     classes, transform = entry.get("classes"), entry.get("transform") or []
     if classes is not None and (not isinstance(classes, list) or not classes):
         raise UsageError(f"{where}: classes={classes}; allowed is a list of class indices or names")
     transform = [transform] if isinstance(transform, str) else list(transform)
     check_shifts(transform)
-    return TaskSpec(str(entry["dataset"]), None if classes is None else tuple(classes), tuple(transform))
+    head = entry.get("head")
+    if head is not None and not isinstance(head, str):
+        raise UsageError(f"{where}: head={head}; allowed is the name of an earlier task, such as task1_digits")
+    return TaskSpec(str(entry["dataset"]), None if classes is None else tuple(classes), tuple(transform), head=head)
 
 
-def _task(index: int, spec: TaskSpec, source: Source, seed: int) -> Task:
+def _task(index: int, spec: TaskSpec, source: Source, seed: int, earlier: Sequence[Task]) -> Task:
     name = f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', source.name)[:64]}"
     classes = _classes(name, spec, source, seed)
     train, val = (_only(split, classes) for split in (source.train, source.val))  # each class is in both
+    head = name
+    if spec.head is not None:
+        known = {task.name: task.head for task in earlier}
+        if spec.head not in known:
+            there = f"there are {', '.join(known)}" if known else "it is the first"
+            raise UsageError(f"{name}: head={spec.head} is no earlier task; {there}")
+        head = known[spec.head]
+        rows = head_classes(earlier)[head]
+        rows += tuple(c for c in train.classes if c not in rows)
+        train, val = train.counted_over(rows), val.counted_over(rows)
     return Task(
         index=index,
         name=name,
@@ -100,6 +127,7 @@ def _task(index: int, spec: TaskSpec, source: Source, seed: int) -> Task:
         transform=spec.transform,
         augment=source.augment,
         source=f"{source.kind}: {source.where}",
+        head=head,
     )
 
 

@@ -242,7 +242,7 @@ class Krylov:
         the parked rows (p,). One small all-reduce a pass brings all of these.
         """
         s, space = self.state, self.space
-        total = torch.zeros(n, dtype=torch.float64)
+        total, overlaps = torch.zeros(n, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         for step in range(3):
             row = s.basis[n : n + 1]
             parts = [space.local_gram(s.basis[: n + 1], row), space.local_gram(s.parked, row)]

@@ -72,8 +72,7 @@ def attach_lora(
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UsageError(
-            f"model.lora: r={r}, alpha={alpha}, dropout={dropout}; "
-            "wanted are r >= 1, alpha > 0 and 0 <= dropout < 1"
+            f"model.lora: r={r}, alpha={alpha}, dropout={dropout}; wanted are r >= 1, alpha > 0 and 0 <= dropout < 1"
         )
     if has_adapters(backbone):
         raise UsageError("the backbone has adapters already: they stay attached over all tasks")
@@ -115,9 +114,7 @@ def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) ->
             )
         targets.update(matches)
     if not targets:
-        raise UsageError(
-            f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}"
-        )
+        raise UsageError(f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}")
     return [name for name in called if name in targets]
 
 
@@ -170,6 +167,4 @@ def _summary(names: Sequence[str], limit: int = 24) -> str:
     """``layers.*.attention.q_proj (12), ...``: the layers by kind, with their numbers."""
     kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     listed = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items()]
-    return ", ".join(listed[:limit]) + (
-        f" and {len(listed) - limit} more kinds" if len(listed) > limit else ""
-    )
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more kinds" if len(listed) > limit else "")

@@ -85,9 +85,7 @@ class Backbone(nn.Module):
         self.features = features or _convention(model, result.output)
         shape = self.features(result.output).shape
         if len(shape) != 2:
-            raise UsageError(
-                f"{source} gives an output of shape {tuple(shape)}, not one feature vector an image"
-            )
+            raise UsageError(f"{source} gives an output of shape {tuple(shape)}, not one feature vector an image")
         self.feature_dim = shape[1]
         self.unused = frozenset(result.unused(self.features(result.output)))
         for name, parameter in model.named_parameters():
@@ -146,8 +144,6 @@ def _convention(model: nn.Module, output: Any) -> Callable[[Any], Tensor]:
     if getattr(output, "pooler_output", None) is not None:
         return pooled
     if getattr(output, "last_hidden_state", None) is None:
-        raise UsageError(
-            f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features"
-        )
+        raise UsageError(f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features")
     has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
     return class_token if has_class_token and output.last_hidden_state.dim() == 3 else mean_of_tokens

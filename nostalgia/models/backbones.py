@@ -38,9 +38,7 @@ def build_backbone(
         raise UsageError(f"dataset.image_size={image_size}: the side of an image is at least one pixel")
     if framework == "hf":
         if arch is not None:
-            raise UsageError(
-                f"model.arch={arch} goes with model.framework=torchvision; model.framework is hf"
-            )
+            raise UsageError(f"model.arch={arch} goes with model.framework=torchvision; model.framework is hf")
         from nostalgia.models import huggingface
 
         return huggingface.build(model_id, pretrained, config or {}, image_size, seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, folder)
+    except SafetensorError as error:  # the library's own name for a full disk
+        raise OSError(f"{folder}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -94,15 +97,11 @@ def _write(
     save_heads(heads, folder / "heads.safetensors")
     files["heads.safetensors"] = "`<task>.weight` (classes, features) and `<task>.bias` of every head"
     classes = {task.name: list(task.classes) for task in tasks}
-    (folder / "classes.json").write_text(
-        json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     files["classes.json"] = "class names by task, in the order of the head's outputs"
     if norm_statistics:
         save_statistics(norm_statistics, folder / "norm_statistics.safetensors")
-        files["norm_statistics.safetensors"] = (
-            "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
-        )
+        files["norm_statistics.safetensors"] = "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
     return files
 
 
@@ -123,9 +122,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         return
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     metadata = {
         "format": "pt",
         "arch": str(backbone.arch),
@@ -139,14 +136,19 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
 def _save_adapters(backbone: Backbone, adapters: LoraConfig, folder: Path, model_id: str | None) -> None:
     """The layout of PEFT's own ``save_pretrained``, for a network in which the adapters were put in place."""
     folder.mkdir()
-    tensors = {
-        f"base_model.model.{name}".replace(".default", ""): tensor.detach().cpu().contiguous()
-        for name, tensor in backbone.model.state_dict().items()
-        if any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(backbone.model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = adapters.to_dict() | {"base_model_name_or_path": model_id, "inference_mode": True}
     LoraConfig(**settings).save_pretrained(str(folder))
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' parameters of ``model``, by the names that PEFT gives them in a file."""
+    return {
+        f"base_model.model.{name}".replace(".default", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
+    }
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -199,7 +201,5 @@ def _usage(backbone: Backbone) -> str:
                 'backbone = PeftModel.from_pretrained(base, "adapters")',
             ]
         if backbone.call:
-            lines.append(
-                "# call it with " + ", ".join(f"{key}={value}" for key, value in backbone.call.items())
-            )
+            lines.append("# call it with " + ", ".join(f"{key}={value}" for key, value in backbone.call.items()))
     return code("\n".join(lines))

@@ -22,9 +22,7 @@ def make_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     Small logits at first keep the gradient that a fresh head sends into the backbone small.
     """
     if feature_dim < 1 or num_classes < 1:
-        raise UsageError(
-            f"a head needs features and classes, not {feature_dim} features and {num_classes} classes"
-        )
+        raise UsageError(f"a head needs features and classes, not {feature_dim} features and {num_classes} classes")
     with seeded(seed):
         head = nn.Linear(feature_dim, num_classes)
         nn.init.normal_(head.weight, std=INITIAL_STD)
@@ -54,7 +52,7 @@ def expand_head(head: nn.Linear, num_classes: int, seed: int) -> nn.Linear:
 def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
     """Write ``<name>.weight`` (C, D) and ``<name>.bias`` (C,) of every head to one safetensors file."""
     tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()  # tasks may share a head
         for name, head in heads.items()
         for key, tensor in head.state_dict().items()
     }

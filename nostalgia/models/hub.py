@@ -40,7 +40,14 @@ def weights_folder(model_id: str) -> Path:
 
 def settings_folder(model_id: str) -> Path:
     """The folder that holds ``config.json`` of ``model_id``; weights need not be there. Raises as above."""
-    return _local(model_id) or _download(model_id, list(SETTINGS))
+    folder = _local(model_id) or _cached(model_id, weights=False)
+    try:
+        return folder or _download(model_id, list(SETTINGS))
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"model.pretrained=false reads the architecture from its config.json; {error}, or describe one by "
+            "model.config.model_type=vit (model.config.hidden_size=..., and so on)"
+        ) from error
 
 
 def _local(model_id: str) -> Path | None:
@@ -58,13 +65,13 @@ def _local(model_id: str) -> Path | None:
     return None
 
 
-def _cached(model_id: str) -> Path | None:
-    """The snapshot of ``model_id`` in the hub's cache, if its settings and all its weights are there."""
+def _cached(model_id: str, weights: bool = True) -> Path | None:
+    """The snapshot of ``model_id`` in the hub's cache, if its settings (and all its weights) are there."""
     try:
         folder = Path(snapshot_download(model_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if (folder / "config.json").is_file() and _complete(folder) else None
+    return folder if (folder / "config.json").is_file() and (_complete(folder) or not weights) else None
 
 
 def check_weights(model_id: str, folder: Path) -> None:

@@ -158,9 +158,7 @@ def _scratch_config(model_id: str | None, config: Mapping[str, Any]) -> tuple[Pr
     if kind is None and model_id is not None:
         return _read_config(model_id, hub.settings_folder(model_id), config), f"{model_id} (random weights)"
     if kind is None:
-        raise UsageError(
-            "model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id"
-        )
+        raise UsageError("model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id")
     try:
         default = AutoConfig.for_model(kind)
     except ValueError as error:
@@ -191,17 +189,13 @@ def _own_settings(default: PreTrainedConfig, config: Mapping[str, Any]) -> dict[
 def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
     """Refuse, before anything large is built, what cannot turn images into features."""
     if settings.model_type in UNSUITABLE:
-        raise UsageError(
-            f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}: no fixed features"
-        )
+        raise UsageError(f"{where}: {settings.model_type} {UNSUITABLE[settings.model_type]}: no fixed features")
     try:
         kind = transformers.MODEL_MAPPING[type(settings)]
     except KeyError as error:
         raise UsageError(f"{where}: transformers has no backbone for {settings.model_type}") from error
     if getattr(kind, "main_input_name", "") != "pixel_values":
-        raise UsageError(
-            f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)"
-        )
+        raise UsageError(f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)")
 
 
 def _processing(
@@ -221,15 +215,11 @@ def _processing(
             )
         return size, mean or HALF, std or HALF
     if "auto_map" in _read_json(model_id, file):
-        raise UsageError(
-            f"model.model_id={model_id}: its image processor asks for Python code of its own, never run"
-        )
+        raise UsageError(f"model.model_id={model_id}: its image processor asks for Python code of its own, never run")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, config=settings, trust_remote_code=False)
     except (ValueError, OSError, TypeError) as error:
-        raise UsageError(
-            f"model.model_id={model_id}: {file} is not an image processor of transformers"
-        ) from error
+        raise UsageError(f"model.model_id={model_id}: {file} is not an image processor of transformers") from error
     mean = mean or _triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean")
     std = std or _triple({"image_std": getattr(processor, "image_std", None)}, "image_std")
     return _processor_size(processor) or size, mean or HALF, std or HALF
@@ -238,9 +228,7 @@ def _processing(
 def _processor_size(processor: Any) -> int | None:
     """Side of the images after the processor's own resizing and cropping."""
     crops = bool(getattr(processor, "do_center_crop", False))
-    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [
-        getattr(processor, "size", None)
-    ]:
+    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [getattr(processor, "size", None)]:
         if isinstance(size, int):
             return size
         for key in ("height", "shortest_edge"):

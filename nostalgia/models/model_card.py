@@ -58,9 +58,7 @@ def model_card(
         f"{_fraction(task.accuracy)} |"
         for task in tasks
     ]
-    classes = [
-        f"- **{escape(task.name)}**: " + ", ".join(escape(name) for name in task.classes) for task in tasks
-    ]
+    classes = [f"- **{escape(task.name)}**: " + ", ".join(escape(name) for name in task.classes) for task in tasks]
     return "\n".join(
         [
             *head,

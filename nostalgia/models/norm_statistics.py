@@ -40,9 +40,7 @@ def apply(backbone: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     buffers = _buffers(backbone)
     if set(buffers) != set(statistics):
         odd = sorted(set(buffers) ^ set(statistics))
-        raise NotFoundError(
-            f"batch-norm statistics of another network: {len(odd)} names differ ({', '.join(odd[:3])})"
-        )
+        raise NotFoundError(f"batch-norm statistics of another network: {len(odd)} names differ ({', '.join(odd[:3])})")
     for name, buffer in buffers.items():
         buffer.copy_(statistics[name])
 

@@ -127,9 +127,7 @@ def _file(model_id: str | None) -> Path | None:
     if path.is_file():
         return path
     if path.is_dir():
-        raise UsageError(
-            f"model.model_id={model_id} is a folder: model.framework=torchvision wants a file of weights"
-        )
+        raise UsageError(f"model.model_id={model_id} is a folder: model.framework=torchvision wants a file of weights")
     if "/" in model_id or path.suffix:
         raise NotFoundError(
             f"model.model_id={model_id}: there is no such file of weights ({path.absolute()}); with "
@@ -144,8 +142,7 @@ def _weights(arch: str, name: str | None) -> WeightsEnum:
         return known.DEFAULT
     if name not in known.__members__:
         raise UsageError(
-            f"model.model_id={name} is neither a file nor a name of weights of {arch}: "
-            f"{', '.join(known.__members__)}"
+            f"model.model_id={name} is neither a file nor a name of weights of {arch}: {', '.join(known.__members__)}"
         )
     return known[name]
 
@@ -184,9 +181,7 @@ def _current_densenet_name(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
 
 
-def _interpolated(
-    state: Mapping[str, Tensor], image_size: int, patch_size: int, source: str
-) -> dict[str, Tensor]:
+def _interpolated(state: Mapping[str, Tensor], image_size: int, patch_size: int, source: str) -> dict[str, Tensor]:
     """``state`` of a ViT with its position embeddings resampled to the patches of ``image_size``."""
     try:
         return interpolate_embeddings(image_size, patch_size, OrderedDict(state))
@@ -234,9 +229,7 @@ def _download(arch: str, weights: WeightsEnum) -> dict[str, Tensor]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            return weights.get_state_dict(
-                progress=False, check_hash=True, map_location="cpu", weights_only=True
-            )
+            return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         broken = (folder / name).is_file()
         state = "is damaged or partial: remove it" if broken else "is not there, and downloading it failed"

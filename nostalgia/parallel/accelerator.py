@@ -6,10 +6,12 @@ decides (device, precision, time limit of a collective) comes in as plain values
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +25,8 @@ from accelerate.utils import (
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed import PrefixStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from nostalgia.errors import UsageError
@@ -69,7 +73,8 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    for backend in (torch.backends.cuda.matmul, conv):
         backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     plugin = _fsdp_plugin(precision) if launch.fsdp else None
     with warnings.catch_warnings():
@@ -133,13 +138,31 @@ def wrap_by_layer(accelerator: Accelerator, backbone: nn.Module) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
-    names: set[str] = set()
-    for module in backbone.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    present = {type(module).__name__ for module in backbone.modules()}
-    layers = sorted(names & present)
+    layers = _layer_classes(backbone)
     plugin.transformer_cls_names_to_wrap = layers
     plugin.auto_wrap_policy = plugin.auto_wrap_policy if layers else None
+
+
+def sharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` over all ranks as FSDP2 shards it for training, in its parameters' own precision.
+
+    Accelerate is not told of it: it would keep the copy, and count it among the models that it saves.
+    """
+    copied = copy.deepcopy(model)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = _layer_classes(copied)
+    for module in [module for module in copied.modules() if type(module).__name__ in layers]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(copied, mesh=mesh)
+    return copied
+
+
+def _layer_classes(model: nn.Module) -> list[str]:
+    """Class names of the layers that the model's library says must not be split."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return sorted(names & {type(module).__name__ for module in model.modules()})
 
 
 def strategy(accelerator: Accelerator) -> str:

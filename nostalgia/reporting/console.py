@@ -73,6 +73,7 @@ class RunInfo:
     suite: str | None = None
     basis_columns: int = 0  # at most, over the run
     basis_bytes: int = 0
+    basis_placement: str = ""  # replicated or sharded, and why
 
 
 def start_panel(info: RunInfo) -> Panel:
@@ -87,6 +88,8 @@ def start_panel(info: RunInfo) -> Panel:
     if info.basis_columns:
         size = f"at most {info.basis_columns} x {count(info.projected_parameters)}"
         grid.add_row("basis", f"{size}: {num_bytes(info.basis_bytes)} per rank")
+        if info.basis_placement:
+            grid.add_row("", info.basis_placement)
     grid.add_row("epochs", _epochs_text(info.epochs))
     grid.add_row("folder", Text(str(info.run_dir), overflow="fold"))
     outer = Table.grid(expand=False)

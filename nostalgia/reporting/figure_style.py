@@ -99,7 +99,7 @@ def key_beside(axes: Axes, count: int, title: str, also: Sequence[str] = ()) -> 
     bar = axes.figure.colorbar(scale, ax=axes, aspect=26, pad=0.02)
     bar.set_ticks([1, *range(5, count + 1, 5)], minor=False)
     bar.set_label(title)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(which="both", length=0)
     handles, labels = axes.get_legend_handles_labels()
     kept = [i for i, label in enumerate(labels) if label in also]

@@ -78,7 +78,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     Accelerate's own clipping would unscale float16 gradients a second time.
     """
     trained = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, full)

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from nostalgia.parallel.exit_code import forget_exit_code, leave
+from nostalgia.parallel.exit_code import already_ended, leave
 
 KEPT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RESTART_COUNT")
 
 
 def main() -> None:
-    forget_exit_code()
+    if already_ended():
+        return
     notes, rank = Path(os.environ["FAKE_NOTES"]), os.environ["RANK"]
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 

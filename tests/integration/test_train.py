@@ -75,6 +75,22 @@ def test_two_processes_are_one(runs: dict[int, Path]) -> None:
             assert a is None or abs(a - b) * size <= 2.01
 
 
+def test_forgetting_is_predicted_and_the_same_on_two_processes(runs: dict[int, Path]) -> None:
+    one, two = (
+        json.loads((f / "runs/latest/results/forgetting_prediction.json").read_text())["rows"] for f in runs.values()
+    )
+    pairs = [(row["task"], row["after"]) for row in one]
+    assert pairs == [
+        ("task1_digits", "task2_digits"),
+        ("task1_digits", "task3_digits"),
+        ("task2_digits", "task3_digits"),
+    ]
+    for a, b in zip(one, two, strict=True):
+        assert a["predicted"] == pytest.approx(a["linear"] + a["inside"] + a["outside"])
+        assert a["inside"] <= 1e-6 * a["bound"]  # the steps were projected
+        assert (a["measured"], a["predicted"]) == pytest.approx((b["measured"], b["predicted"]), abs=5e-3)
+
+
 def test_leak_is_rounding(runs: dict[int, Path]) -> None:
     rows = [line.split(",") for line in (runs[2] / "runs/latest/metrics.csv").read_text().splitlines()]
     place = rows[0].index("leak")

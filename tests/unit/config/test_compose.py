@@ -101,3 +101,68 @@ def test_what_the_launcher_decides() -> None:
     config.train.precision, config.train.devices = "auto", 4
     with pytest.raises(UsageError, match="nproc_per_node 4"):
         check_launch(config, device_type="cpu", world_size=2)
+
+
+def test_every_data_set_of_the_catalog_has_a_file() -> None:
+    from nostalgia.data.catalog import CATALOG
+
+    assert {path.stem for path in (config_folder() / "dataset").glob("*.yaml")} == set(CATALOG)
+    for name in CATALOG:
+        assert parse([f"dataset={name}"]).config.dataset.name == name
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks"),
+    [
+        ("main", ["cifar100", "tinyimagenet", "caltech256"]),
+        ("robustness", ["imagenet100", "imagenet-r", "imagenet-a"]),
+        ("finegrained", ["cifar100", "cub200", "flowers102"]),
+        ("ablation", ["cifar10", "mnist"]),
+    ],
+)
+def test_suites_name_their_tasks_and_the_command_line_has_the_last_word(suite: str, tasks: list[str]) -> None:
+    config = parse(["--suite", suite]).config
+    assert (config.experiment.tasks, config.model.name) == (tasks, "vit")
+    config = parse(["--suite", suite, "experiment.tasks=[digits]", "model=resnet18", "train.epochs=2"]).config
+    assert (config.experiment.tasks, config.model.arch, config.train.epochs) == (["digits"], "resnet18", 2)
+
+
+def test_another_library_takes_nothing_from_the_files_network() -> None:
+    model = parse(["model=vit", "model.framework=torchvision", "model.arch=resnet50"]).config.model
+    assert (model.name, model.model_id, model.arch, model.use_lora) == ("resnet50", None, "resnet50", True)
+    model = parse(["model=vit_tiny", "model.framework=torchvision", "model.arch=vgg11", "model.config.dropout=0"])
+    assert model.config.model.config == {"dropout": 0}
+    model = parse(["model=resnet50", "model.framework=hf", "model.model_id=owner/net"]).config.model
+    assert (model.name, model.model_id, model.arch) == ("net", "owner/net", None)
+    kept = parse(["model=vit", "model.framework=hf"]).config.model
+    assert (kept.name, kept.model_id) == ("vit", "google/vit-base-patch16-224")
+
+
+def test_a_saved_configuration_may_change_its_library(tmp_path: Path) -> None:
+    save(parse(["model=vit_tiny"]).config, tmp_path / "config.yaml")
+    words = ["model.framework=torchvision", "model.arch=resnet18"]
+    model = parse(["--config", str(tmp_path / "config.yaml"), *words]).config.model
+    assert (model.arch, model.config) == ("resnet18", {})
+    words = ["model.config.hidden_size=32", "dataset.entries.mine.path=/x"]
+    config = parse(["--config", str(tmp_path / "config.yaml"), *words]).config
+    assert config.model.config["hidden_size"] == 32
+    assert config.dataset.entries == {"mine": {"path": "/x"}}
+
+
+def test_keys_of_the_users_own_need_no_plus() -> None:
+    config = parse(["dataset=mine", "dataset.entries.mine.path=/x", "model.config.image_mean=[0.5,0.5,0.5]"]).config
+    assert config.dataset.entries == {"mine": {"path": "/x"}}
+    assert config.model.config["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("key", ["retain_graph", "predict_forgetting"])
+def test_switches_are_understood_unquoted(key: str) -> None:
+    for word in ("true", "false", "auto"):
+        assert getattr(parse([f"nostalgia.{key}={word}"]).config.nostalgia, key) == word
+    with pytest.raises(UsageError, match=f"nostalgia.{key}=maybe: allowed are auto, true, false"):
+        parse([f"nostalgia.{key}=maybe"])
+
+
+def test_joint_training_has_no_forgetting_to_predict() -> None:
+    with pytest.raises(UsageError, match=r"predict_forgetting=true with method=joint.*use auto or false"):
+        parse(["method=joint", "nostalgia.predict_forgetting=true"])

@@ -9,7 +9,7 @@ import torch
 
 from nostalgia.data.source import Source, stratified_split
 from nostalgia.data.sources import load_source
-from nostalgia.data.tasks import TaskSpec, build_tasks, expand_specs
+from nostalgia.data.tasks import TaskSpec, build_tasks, expand_specs, head_classes
 from nostalgia.errors import UsageError
 from tests.unit.data.trees import write_tree
 
@@ -105,3 +105,41 @@ def test_held_out_split_is_stratified_and_fixed() -> None:
     assert torch.bincount(labels[val]).tolist() == [2, 1, 1]
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(17))
     assert torch.equal(stratified_split(labels, 0.2)[1], val)
+
+
+def test_a_head_that_goes_on_has_the_old_classes_first() -> None:
+    entries = [
+        {"dataset": "digits", "classes": [3, 1]},
+        "digits",
+        {"dataset": "digits", "classes": [7, 1], "head": "task1_digits"},
+        {"dataset": "digits", "classes": [0, 3], "transform": "invert", "head": "task3_digits"},
+    ]
+    tasks = build_tasks(expand_specs(entries, "x"), load, seed=0)
+    assert [t.head for t in tasks] == ["task1_digits", "task2_digits", "task1_digits", "task1_digits"]
+    assert (tasks[2].classes, tasks[3].classes) == (("3", "1", "7"), ("3", "1", "7", "0"))
+    assert head_classes(tasks) == {"task1_digits": ("3", "1", "7", "0"), "task2_digits": tasks[1].classes}
+    digits = load("digits")
+    for task, wanted in ((tasks[2], {2: 7, 1: 1}), (tasks[3], {3: 0, 0: 3})):
+        assert set(task.train.labels.unique().tolist()) == set(wanted)
+        for split, source in ((task.train, digits.train), (task.val, digits.val)):
+            for label, number in wanted.items():
+                assert int((split.labels == label).sum()) == int((source.labels == number).sum())
+                first = int((split.labels == label).nonzero()[0])
+                assert torch.equal(split.image(first), source.image(int((source.labels == number).nonzero()[0])))
+
+
+def test_a_head_goes_on_over_another_data_set_by_the_names_of_classes(tmp_path: Path) -> None:
+    write_tree(tmp_path / "other", ("7", "many", "3"))
+    entries = ["digits", {"dataset": str(tmp_path / "other"), "head": "task1_digits"}]
+    other = build_tasks(expand_specs(entries, "x"), load, seed=0)[1]
+    assert other.classes == (*map(str, range(10)), "many")
+    assert other.train.labels.unique().tolist() == [3, 7, 10]
+    assert other.train.image(0).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"), [("task2_digits", "is no earlier task; there are task1_digits"), (1, "name")]
+)
+def test_a_head_that_is_not_there(entry: object, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        build_tasks(expand_specs(["digits", {"dataset": "digits", "head": entry}], "x"), load, seed=0)

@@ -13,12 +13,8 @@ def check_average_over_ranks() -> bool:
     """Statistics of two ranks' shares, averaged, are those of one process that saw both as one batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(world, 512, 3, generator=generator, dtype=torch.float64) * torch.tensor(
-        [1.0, 2.0, 5.0]
-    )
-    rows += (
-        torch.arange(world).view(-1, 1, 1) * 3.0
-    )  # shares whose means differ: the variances' mean is not enough
+    rows = torch.randn(world, 512, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 5.0])
+    rows += torch.arange(world).view(-1, 1, 1) * 3.0  # shares whose means differ: the variances' mean is not enough
 
     def layers() -> nn.Module:
         return nn.Sequential(nn.BatchNorm1d(3, momentum=1.0), nn.Linear(3, 3), nn.BatchNorm1d(3)).double()

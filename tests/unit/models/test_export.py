@@ -43,9 +43,7 @@ def test_a_hugging_face_backbone_comes_back(tmp_path, kind):
     assert AutoImageProcessor.from_pretrained(folder / "backbone").image_mean == backbone.mean
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: scratch("vit"), lambda: scratch("swinv2"), lambda: scratch("resnet")]
-)
+@pytest.mark.parametrize("make", [lambda: scratch("vit"), lambda: scratch("swinv2"), lambda: scratch("resnet")])
 def test_adapters_are_a_peft_folder_on_their_base(tmp_path, make):
     backbone = make()
     attach_lora(backbone, r=2, alpha=8, dropout=0.1)

@@ -185,12 +185,8 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
 def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     save_classifier(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    lost = next(
-        name for name in tensors if name.endswith("layer.1.intermediate.dense.weight")
-    )  # the name in files
-    save_file(
-        {k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
+    lost = next(name for name in tensors if name.endswith("layer.1.intermediate.dense.weight"))  # the name in files
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotFoundError, match=r"layers\.1\.mlp\.fc1\.weight.*random") as error:
         load(tmp_path)
     one_line(error)

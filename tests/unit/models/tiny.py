@@ -45,9 +45,7 @@ def scratch(kind: str = "vit", seed: int = 0, image_size: int | None = None, **c
 
 def resnet18(seed: int = 0) -> Backbone:
     """torchvision's ResNet-18 for 32 pixel images, from scratch."""
-    return build_backbone(
-        framework="torchvision", arch="resnet18", pretrained=False, image_size=32, seed=seed
-    )
+    return build_backbone(framework="torchvision", arch="resnet18", pretrained=False, image_size=32, seed=seed)
 
 
 def images(backbone: Backbone, batch: int = 2, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,43 @@
+"""What a finished run hands out: its model, in ``export/``, for other tools and for `nostalgia.evaluate`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from nostalgia.data.tasks import head_classes
+from nostalgia.models.export import export
+from nostalgia.models.model_card import TaskCard
+from nostalgia.reporting.results import RunResults
+from nostalgia.setup import Parts
+
+EXPORT = "export"
+
+
+def export_run(run_dir: Path, parts: Parts, results: RunResults, argv: Sequence[str]) -> Path:
+    """Write ``run_dir/export``. One rank calls it, with whole parameters; OSError where it cannot be written."""
+    classes = head_classes(parts.tasks)
+    cards = [
+        TaskCard(task.name, classes[task.head], accuracy, results.accuracy_matrix[i][i])
+        for i, (task, accuracy) in enumerate(zip(parts.tasks, results.final_accuracies(), strict=True))
+    ]
+    heads: dict[str, nn.Linear] = {}
+    for task, head in zip(parts.tasks, parts.heads, strict=True):
+        assert isinstance(head, nn.Linear)
+        heads[task.name] = head
+    model = parts.config.model
+    # Statistics of each task are the network's own where they are shared or frozen.
+    statistics = parts.norm_statistics if model.norm_statistics == "per_task" and any(parts.norm_statistics) else []
+    return export(
+        run_dir / EXPORT,
+        backbone=parts.backbone,
+        heads=heads,
+        tasks=cards,
+        command=shlex.join(["python", "-m", "nostalgia.train", *argv]),
+        method=results.method,
+        model_id=model.model_id if model.pretrained else None,
+        norm_statistics=dict(zip(heads, statistics, strict=False)),
+    )

@@ -1,0 +1,70 @@
+"""A backbone as a run left it in its ``export/``: the network, its adapters in place and not added in.
+
+Adding them in is the same function up to rounding; a run that is measured again must give the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nostalgia.errors import NotFoundError
+from nostalgia.models.backbone import Backbone
+from nostalgia.models.backbones import build_backbone
+from nostalgia.models.export import TORCHVISION_FILE, adapter_tensors
+
+
+def load_export(folder: Path, *, framework: str, config: Mapping[str, Any] | None = None) -> Backbone:
+    """The backbone that `export` wrote to ``folder``, in evaluation mode; ``config`` as it was built with.
+
+    Raises NotFoundError for an export that is not there or not whole.
+    """
+    network = folder / "backbone"
+    if not network.is_dir():
+        raise NotFoundError(f"{folder}: no exported model; a run leaves it at its end (experiment.export=true)")
+    if framework == "torchvision":
+        file = str(network / TORCHVISION_FILE)
+        backbone = build_backbone(framework=framework, model_id=file, config=config)
+    else:  # its config.json says all that its configuration did
+        backbone = build_backbone(framework=framework, model_id=str(network))
+    if (folder / "adapters").is_dir():
+        _attach(backbone, folder / "adapters")
+    return backbone.eval()
+
+
+def load_classes(folder: Path) -> dict[str, list[str]]:
+    """Class names by task, in the order of the head's outputs."""
+    file = folder / "classes.json"
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"{file}: cannot be read ({error}); is this the export of a finished run?") from None
+    if not isinstance(classes, dict) or not all(isinstance(names, list) for names in classes.values()):
+        raise NotFoundError(f"{file}: no class names by task")
+    return classes
+
+
+@torch.no_grad()
+def _attach(backbone: Backbone, folder: Path) -> None:
+    """Put the adapters of a PEFT folder in place."""
+    try:
+        settings = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise NotFoundError(f"{folder}: adapters cannot be read ({error})") from None
+    assert isinstance(settings, LoraConfig)
+    inject_adapter_in_model(settings, backbone.model)
+    own = adapter_tensors(backbone.model)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise NotFoundError(f"{folder}: adapters of another network: {len(odd)} names differ ({', '.join(odd[:3])})")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    backbone.lora = settings

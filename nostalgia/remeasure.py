@@ -1,0 +1,166 @@
+"""Measures a finished run from the model it has exported: its own tasks, or a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from nostalgia.data.folders import class_folders
+from nostalgia.data.images import Subset
+from nostalgia.data.stream import View
+from nostalgia.data.tasks import Task
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.evaluate import EvaluationRequest
+from nostalgia.evaluation.per_class import evaluate_classes
+from nostalgia.exporting import EXPORT
+from nostalgia.models import load_heads, norm_statistics
+from nostalgia.models.exported import load_classes, load_export
+from nostalgia.parallel.coordination import agree
+from nostalgia.reporting.class_table import Measured, print_measured
+from nostalgia.reporting.files import write_json
+from nostalgia.reporting.results import read_results
+from nostalgia.reporting.streams import make_console
+from nostalgia.setup import load_tasks, task_loader, task_specs
+
+Classes = dict[str, list[str]]  # what the outputs of each task's head stand for
+
+
+def remeasure(request: EvaluationRequest, accelerator: Accelerator, precision: str) -> None:
+    """Measure, print and write what ``request`` asks for; a collective."""
+    experiment = request.config.experiment
+    set_seed(experiment.seed, device_specific=True, deterministic=experiment.deterministic)
+    classes = agree(accelerator, lambda: load_classes(request.run_dir / EXPORT))
+    chosen = agree(accelerator, lambda: _chosen(request, list(classes)))
+    before = agree(accelerator, lambda: _run_accuracies(request))
+    tasks = _tasks(request, classes, chosen, accelerator)
+    measured = _measure(request, tasks, classes, before, accelerator, precision)
+    if accelerator.is_main_process:
+        _report(request, measured, accelerator, precision)
+
+
+def _chosen(request: EvaluationRequest, names: list[str]) -> list[str]:
+    """The tasks to measure."""
+    wanted = request.task
+    if wanted is None:
+        if request.data is not None and len(names) > 1:
+            raise UsageError(f"--data {request.data} needs --task NAME: one of {', '.join(names)}")
+        return names
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
+        return [names[int(wanted) - 1]]
+    if wanted not in names:
+        raise UsageError(f"--task {wanted}: the run has {', '.join(names)} (or 1 to {len(names)})")
+    return [wanted]
+
+
+def _run_accuracies(request: EvaluationRequest) -> dict[str, float | None]:
+    """What the run's results say of each task at its end; nothing where other images are measured."""
+    if request.data is not None:
+        return {}
+    results = read_results(request.run_dir / "results")
+    return dict(zip(results.tasks, results.final_accuracies(), strict=True))
+
+
+def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], accelerator: Accelerator) -> list[Task]:
+    """The chosen tasks, labelled by the outputs of their heads: the run's own, or with the images of a folder."""
+    if request.data is not None:
+        folder, name = request.data, chosen[0]
+        return [agree(accelerator, lambda: _folder_task(request, folder, name, list(classes), classes[name]))]
+
+    def check(tasks: list[Task]) -> list[Task]:
+        for task in tasks:
+            if list(task.classes) != classes.get(task.name, [])[: len(task.classes)]:
+                raise NotFoundError(
+                    f"{task.source}: its classes are not those that {task.name} was trained with; put the data back "
+                    f"that {request.run_dir} had, or measure a folder with --data"
+                )
+        return tasks
+
+    tasks = load_tasks(request.config, accelerator)
+    return [task for task in agree(accelerator, lambda: check(tasks)) if task.name in chosen]
+
+
+def _folder_task(request: EvaluationRequest, folder: Path, name: str, names: list[str], classes: list[str]) -> Task:
+    train, val = class_folders(folder.resolve().name, folder)
+    images = train if val is None else val
+    strangers = [c for c in images.classes if c not in classes]
+    if strangers:
+        listed = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        raise NotFoundError(
+            f"{folder}: class folders {listed} are no classes of {name}; it knows {', '.join(classes[:12])}"
+            f"{', ...' if len(classes) > 12 else ''}"
+        )
+    own = Subset(images, torch.arange(len(images))).counted_over(classes)
+    spec = task_specs(request.config)[names.index(name)]
+    return Task(
+        index=names.index(name) + 1,
+        name=name,
+        dataset=images.name,
+        classes=tuple(classes),
+        train=own,
+        val=own,
+        transform=spec.transform,
+        augment="none",
+        source=f"folder: {folder}",
+        head=name,
+    )
+
+
+def _measure(
+    request: EvaluationRequest,
+    tasks: list[Task],
+    classes: Classes,
+    before: dict[str, float | None],
+    accelerator: Accelerator,
+    precision: str,
+) -> list[Measured]:
+    """Each task with its own head and, where the run kept them, its own batch-norm statistics."""
+    config, export = request.config, request.run_dir / EXPORT
+    file = export / "norm_statistics.safetensors"
+    backbone = agree(
+        accelerator, lambda: load_export(export, framework=config.model.framework, config=config.model.config)
+    )
+    heads = agree(accelerator, lambda: load_heads(export / "heads.safetensors"))
+    statistics = agree(accelerator, lambda: norm_statistics.load_statistics(file) if file.is_file() else {})
+    dtype = torch.float64 if precision == "64" else torch.float32
+    backbone.to(device=accelerator.device, dtype=dtype)
+    view = View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
+    measured = []
+    for task in tasks:
+        loader = task_loader(config, accelerator, view, [task], train=False)
+        head = heads[task.name].to(device=accelerator.device, dtype=dtype)
+        with norm_statistics.using(backbone, statistics.get(task.name)):
+            limit = config.train.max_eval_batches
+            scores = evaluate_classes(backbone, head, classes[task.name], loader, accelerator, limit)
+        measured.append(Measured(task.name, scores, before.get(task.name)))
+    return measured
+
+
+def _report(request: EvaluationRequest, measured: list[Measured], accelerator: Accelerator, precision: str) -> None:
+    console = make_console()
+    print_measured(console, measured)
+    compared = [one for one in measured if one.run_accuracy is not None]
+    different = [one for one in compared if one.run_accuracy != one.scores.accuracy]
+    file = request.output or request.run_dir / "results" / "evaluation.json"
+    write_json(
+        file,
+        {
+            "run": str(request.run_dir),
+            "data": None if request.data is None else str(request.data),
+            "acc": sum(one.scores.accuracy for one in measured) / len(measured),
+            "same_as_run": not different if compared else None,
+            "device": accelerator.device.type,
+            "precision": precision,
+            "world_size": accelerator.num_processes,
+            "tasks": [one.to_json() for one in measured],
+        },
+    )
+    for one in different:
+        console.print(
+            f"{one.task}: {one.scores.accuracy} here, {one.run_accuracy} in the run: another device, precision, batch "
+            "size or number of processes?",
+            highlight=False,
+        )
+    console.print(f"\nevaluation {file}", highlight=False, markup=False, soft_wrap=True)
