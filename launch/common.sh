@@ -8,7 +8,9 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines: see multinode.sh
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+if [ -d "$here/nostalgia" ]; then # a checkout runs without being installed
+  export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+fi
 module=${NOSTALGIA_MODULE:-nostalgia.train}
 
 launch() {

@@ -21,6 +21,7 @@ from nostalgia.data.tasks import Task
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
 from nostalgia.exporting import EXPORT, export_run
+from nostalgia.full_run import cost_of_full_run
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
@@ -61,7 +62,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         quiet=request.quiet,
         path=None if folder is None else folder / "config.yaml",
     )
-    console.print(start_panel(run_info(parts, request, folder or Path(config.experiment.output_dir))))
+    info = run_info(parts, request, folder or Path(config.experiment.output_dir))
+    console.print(start_panel(info))
     if folder is None:
         return None
     with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
@@ -77,6 +79,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         print_final(console, results, paths)
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
+        if request.debug:
+            console.print(cost_of_full_run(request, parts, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder

@@ -24,8 +24,10 @@ from accelerate.utils import (
 )
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 from nostalgia.errors import UsageError
 
@@ -82,13 +84,29 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
             mixed_precision=MIXED_PRECISION[precision],
             fsdp_plugin=plugin,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                _group_of_this_attempt(timedelta(minutes=timeout_minutes)),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
     if plugin is not None and cpu:
         enable_fsdp_on_cpu(plugin)
     return accelerator
+
+
+def _group_of_this_attempt(timeout: timedelta) -> InitProcessGroupKwargs:
+    """Keeps a restarted job's process group apart from the one before it.
+
+    torchrun's store outlives a restart (torch 2.14): a new rank would find the addresses of dead ones in it, and the
+    failure watch an old failure.
+    """
+    handler = InitProcessGroupKwargs(timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0":
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        group = {"store": PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
+        # Accelerate takes this very class only, which has no field for a store.
+        handler.to_kwargs = lambda: {"timeout": timeout, **group}
+    return handler
 
 
 def enable_fsdp_on_cpu(plugin: FullyShardedDataParallelPlugin) -> None:

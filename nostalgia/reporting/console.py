@@ -158,8 +158,9 @@ def print_final(console: Console, results: RunResults, paths: Mapping[str, Path]
         console.print()
     console.print(metrics_table(results.metrics()))
     console.print()
+    width = max((len(name) for name in paths or {}), default=0)
     for name, path in (paths or {}).items():
-        console.print(f"{name:<9} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:<{width}}  {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def matrix_tables(tasks: Sequence[str], matrix: transfer.Matrix, width: int = 80) -> list[Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 SRUN = r"""#!/usr/bin/env bash
@@ -31,6 +32,40 @@ case "$1 $2" in
   *) echo "scontrol $*" >>"$SLURM_STUB_LOG" ;;
 esac
 """
+
+TORCHRUN = r"""#!{python}
+import os, signal, sys, time
+from pathlib import Path
+from nostalgia.config import parse, save
+from nostalgia.reporting.results import RunResults, write_results
+
+request = parse(sys.argv[sys.argv.index("-m") + 2 :])
+folder, method, seed = request.run_dir, request.config.method.name, request.config.experiment.seed
+folder.mkdir(parents=True, exist_ok=True)
+save(request.config, folder / "config.yaml")
+with open(os.environ["STUB_LOG"], "a") as log:
+    log.write(f"{{method}} {{seed}}\n")
+does = os.environ.get(f"STUB_{{method}}_{{seed}}", "")
+if does == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: (Path(os.environ["NOSTALGIA_EXIT_FILE"]).write_text("75"), sys.exit(1)))
+    time.sleep(60)
+if does == "fail":
+    print("error: task1_digits, epoch 3, step 7: the loss is not finite")
+    Path(os.environ["NOSTALGIA_EXIT_FILE"]).write_text("4")
+    sys.exit(0)
+acc = 0.5 + seed / 10
+write_results(folder / "results", RunResults.of(
+    tasks=["task1_digits"], classes=[["0", "1"]], accuracy_matrix=[[acc]], method=method, seed=seed,
+    world_size=2, seconds=1.0,
+))
+"""
+
+
+def torchrun(folder: Path) -> dict[str, str]:
+    """A torchrun that writes a run's results without training; notes what ran in STUB_LOG."""
+    (folder / "torchrun").write_text(TORCHRUN.format(python=sys.executable))
+    (folder / "torchrun").chmod(0o755)
+    return {"PATH": os.pathsep.join([str(folder), os.environ["PATH"]]), "STUB_LOG": str(folder / "ran")}
 
 
 def slurm(folder: Path, *, nodes: int, job: int) -> dict[str, str]:

@@ -121,7 +121,7 @@ def test_final_tables_hold_every_number_and_path() -> None:
     assert any(line.split() == ["3", "task3_mnist", "0.600", "0.700", "0.850"] for line in lines)
     assert any(line.startswith("backward transfer  -0.200") for line in lines)
     assert any(line.startswith("forward transfer        -") for line in lines)
-    assert "results   runs/[x]/results.json" in lines
+    assert "results  runs/[x]/results.json" in lines
     assert fits(stream.getvalue())
 
 
