@@ -125,8 +125,9 @@ def group_parameters(names: Sequence[str], rows: int = ROWS) -> dict[str, list[i
     while len(parts) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1
     parts = [p[common:] for p in parts]
+    groups: dict[str, list[int]] = {}
     for depth in range(max(map(len, parts)), 0, -1):
-        groups: dict[str, list[int]] = {}
+        groups = {}
         for place, part in enumerate(parts):
             groups.setdefault(".".join(part[:depth]), []).append(place)
         if len(groups) <= rows:

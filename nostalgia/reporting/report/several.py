@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from nostalgia.reporting.aggregate import MethodRow, by_method, doubts, same_tasks, summarise
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
+from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.drawing import comparison_drawers
 from nostalgia.reporting.figures_theory import forgetting_prediction
 from nostalgia.reporting.progress import duration
@@ -99,7 +100,7 @@ def _task_table(rows: Sequence[MethodRow]) -> Block | None:
 
 
 def _predictions(runs: Sequence[RunFolder], pictures: Pictures) -> Block | None:
-    groups: dict[str, list] = {}
+    groups: dict[str, list[Record]] = {}
     for run in runs:
         groups.setdefault(run.label, []).extend(run.forgetting["rows"])
     groups = {name: rows for name, rows in groups.items() if rows}
