@@ -30,8 +30,8 @@ def test_every_step_is_that_of_one_process(runs, strategy):
     """Losses, gradient norms and projected fractions of warm-ups, task 1 and a projected task 2."""
     expected = runs["one"][0]["steps"]
     projected = [i for i, (_, _, fraction) in enumerate(expected) if fraction is not None]
-    assert len(expected) >= 80
-    assert len(projected) >= 27
+    assert len(expected) >= 60
+    assert len(projected) >= 18
     assert max(expected[i][2] for i in projected) > 0.01
     for rank in runs[strategy]:
         assert len(rank["steps"]) == len(expected)
@@ -54,13 +54,13 @@ def test_curvature_and_accuracies_are_those_of_one_process(runs, strategy):
         for a, b, images in zip(mine, its, VALIDATION, strict=True):
             assert (a is None) == (b is None)
             assert a is None or abs(a - b) * images <= 2.01
-    assert alone["accuracies"][0][0] > 0.6  # it learned something, so that the comparison says something
+    assert alone["accuracies"][0][0] > 0.9  # it learned something, so that the comparison says something
 
 
 def test_nothing_leaks(runs):
     """Measured against the rows of Q as they are stored, bfloat16 ones too."""
     for ranks in runs.values():
-        assert len(ranks[0]["leaks"]) == 3
+        assert len(ranks[0]["leaks"]) == 2
         assert max(ranks[0]["leaks"]) <= 1e-12
 
 
@@ -73,7 +73,7 @@ def test_a_sharded_bfloat16_basis_serves_as_well(runs):
         assert (replicated["placement"], replicated["dtype"]) == ("replicated", "float64")
         assert replicated["reason"].startswith("auto: ")
         assert basis["bytes_per_rank"] * 8 == replicated["bytes_per_rank"]
-    assert small["steps"][:45] == whole["steps"][:45]  # nothing is projected in task 1
+    assert small["steps"][:27] == whole["steps"][:27]  # nothing is projected in task 1
     assert small["steps"] != whole["steps"]
     for mine, its in zip(small["accuracies"], whole["accuracies"], strict=True):
         for a, b, images in zip(mine, its, VALIDATION, strict=True):
