@@ -18,6 +18,7 @@ from nostalgia.checkpointing import Checkpointer
 from nostalgia.config import Request
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
+from nostalgia.dry_run import dry_run
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
 from nostalgia.exporting import EXPORT, export_run
@@ -54,18 +55,19 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
     if config.train.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
+    if folder is None:
+        dry_run(request, accelerator, precision, run_info)
+        return None
     parts = build_parts(config, accelerator, precision)
     console = make_console(quiet=not accelerator.is_main_process)
     print_config(
         console,
         OmegaConf.to_container(OmegaConf.structured(config), resolve=True),  # type: ignore[arg-type]
         quiet=request.quiet,
-        path=None if folder is None else folder / "config.yaml",
+        path=folder / "config.yaml",
     )
-    info = run_info(parts, request, folder or Path(config.experiment.output_dir))
+    info = run_info(parts, request, folder)
     console.print(start_panel(info))
-    if folder is None:
-        return None
     with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
         experiment = Experiment(parts, folder, progress, resumed)
         results = experiment.run()
