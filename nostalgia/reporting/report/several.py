@@ -131,4 +131,4 @@ def _differences(runs: Sequence[RunFolder]) -> Block | None:
     if not found:
         return Text(["Nothing but seed and folder."]) if any(run.config for run in runs) else None
     body = [[key, *values] for key, values in found.items()]
-    return Table(["key", *(f"{run.label} {run.path.name}".strip() for run in runs)], body, words=len(runs) + 1)
+    return Table(["key", *(f"{run.method} {run.path.name}".strip() for run in runs)], body, words=len(runs) + 1)
