@@ -107,7 +107,9 @@ def test_paper_shows_what_the_screen_does(browser: Any, reports: dict[str, Path]
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     outside = "e => e.getBoundingClientRect().right > innerWidth + 0.5"
-    assert page.evaluate(f"[...document.querySelectorAll('img, td, pre')].filter({outside}).map(e => e.outerHTML)") == []
+    assert (
+        page.evaluate(f"[...document.querySelectorAll('img, td, pre')].filter({outside}).map(e => e.outerHTML)") == []
+    )
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.close()

@@ -197,7 +197,10 @@ def test_unfinished_runs_and_doubts_are_named(tmp_path: Path) -> None:
     assert f"{third}: no results yet, 0 of its tasks evaluated" in page.text
     assert "nostalgia: its runs differ in nostalgia.top_k (32, 8)" in page.text
     assert page.tables["Mean over seeds"][1][1] == "0, 1"
-    assert ["nostalgia.top_k", "32", "8", "-"] in page.tables[""]
+    assert page.tables[""] == [
+        ["key", "nostalgia, seed 0", "nostalgia, seed 1", "c"],
+        ["nostalgia.top_k", "32", "8", "-"],
+    ]
     same = by_method(read_finished([first, write_run(tmp_path / "d", seed=2)]))
     assert doubts(same) != []  # one has a top_k, the other's configuration does not say
     only = read_page(write_report([third, second], tmp_path / "two.html"))
