@@ -54,8 +54,13 @@ def by_method(runs: Iterable[RunFolder]) -> list[MethodRow]:
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
-    order = sorted(groups, key=lambda name: (PLAN.index(name) if name in PLAN else len(PLAN), name))
+    order = sorted(groups, key=place)
     return [_row(name, sorted(groups[name], key=lambda run: run.results.seed if run.results else 0)) for name in order]
+
+
+def place(method: str) -> tuple[int, str]:
+    """What to sort methods by: the project's own first, then by name."""
+    return PLAN.index(method) if method in PLAN else len(PLAN), method
 
 
 def same_tasks(runs: Sequence[RunFolder]) -> bool:

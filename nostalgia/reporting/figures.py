@@ -250,7 +250,7 @@ def _fraction_axis(axes: Axes, values: np.ndarray) -> None:
 
 
 def _titled(title: str, seeds: int) -> str:
-    return f"{title}\n(mean ± standard deviation of {seeds} seeds)" if seeds > 1 else title
+    return f"{title}\n(mean ± s.d., {seeds} seeds)" if seeds > 1 else title
 
 
 def _label(index: int, name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nostalgia.reporting.figure_style import (
     GREY,
@@ -91,6 +92,7 @@ def curvature_share(tasks: Sequence[Spectrum], traces: Sequence[float | None]) -
                       **line_style(i, len(usable)))  # fmt: skip
         axes.set_ylim(0, None if of_trace else 1.02)
         axes.set_xlabel("number of eigenpairs")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.set_ylabel("share of the trace" if of_trace else "share of the sum of those computed")
         axes.set_title("Curvature held by the first eigenpairs")
         key_beside(axes, len(usable), "after task")
@@ -122,6 +124,7 @@ def _eigenvalue_panel(axes: Axes, tasks: Sequence[Spectrum]) -> None:
     note: dict[str, Any] = {"rotation": 90, "va": "top", "ha": "left", "fontsize": 7.5, "color": "0.3"}
     axes.text(rank * 1.015 + 0.7, 0.98, f"rank cut, k = {rank}", transform=axes.get_xaxis_transform(), **note)
     axes.set_xlabel("number of the eigenvalue")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_ylabel("eigenvalue λ (loss / parameter²)")
     missing = f"\n({hidden} not positive, not shown)" if hidden else ""
     axes.set_title(f"Top of each task's spectrum, bars: residual |Hq - λq|{missing}")
@@ -165,6 +168,7 @@ def _angle_panel(axes: Axes, tasks: Sequence[str], known: Mapping[tuple[int, int
     axes.set_ylim(0, 96)
     axes.set_yticks(range(0, 91, 15))
     axes.set_xlabel("number of the angle")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_ylabel("principal angle (degrees)")
     axes.set_title("Principal angles" + ("" if everything else " of neighbouring tasks"))
     key_beside(axes, len(drawn), "between" if len(drawn) <= NAMED_LINES else "earlier of the two tasks")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.figure_style import GREY, key_beside, line_style, new_figure, short, style
@@ -71,7 +72,12 @@ def _bound_panel(axes: Axes, points: np.ndarray) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.plot(grid, grid, color=GREY, lw=1.0, ls="--", zorder=1)
-    axes.fill_between(grid, grid, top, where=list(grid < top), color="0.9", lw=0, zorder=0, label=ABOVE)
+    decades = float(np.log10(high / low))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if low < top:
+        axes.fill_between(grid, grid, top, where=list(grid < top), color="0.9", lw=0, zorder=0, label=ABOVE)
     axes.set_ylim(bottom, top)
 
 

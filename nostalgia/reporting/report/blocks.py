@@ -14,7 +14,9 @@ from nostalgia.reporting.figure_style import png, svg
 LARGEST_SVG = 400_000  # bytes; a figure of very many points is embedded as pixels instead
 # A figure narrower than the first is scrolled in its frame, not shrunk; wider than the second it would look coarse.
 PIXELS_AN_INCH = (64, 90)
-NARROWER = 0.82  # figures of half the page's width are drawn smaller than on their own: their letters stay readable
+# Figures of half the page's width are drawn smaller than on their own, so that their letters stay readable.
+NARROWER, NARROWED_FROM = 0.82, 5.5  # inches
+HALF_PAGE = 58  # letters of a table
 WIDE = 7.0  # inches from which a figure takes the whole width of the page
 
 
@@ -31,7 +33,9 @@ class Table:
 
     @property
     def wide(self) -> bool:
-        return len(self.head) > 6
+        """Whether half the page's width is too little for it."""
+        columns = zip(self.head, *self.rows, strict=True)
+        return sum(max(map(len, column)) + 2 for column in columns) > HALF_PAGE
 
 
 @dataclass
@@ -128,7 +132,7 @@ def picture(name: str, figure: Figure, caption: str) -> Picture:
     """The figure within the page, no file beside it."""
     inches = float(figure.get_figwidth())
     wide = inches >= WIDE
-    if not wide:
+    if NARROWED_FROM <= inches < WIDE:
         inches *= NARROWER
         figure.set_size_inches(inches, figure.get_figheight() * NARROWER)
     content, kind = svg(figure), "svg+xml"

@@ -50,7 +50,10 @@ def render(page: Page) -> str:
 
 def _distinct(folders: Sequence[Path]) -> list[Path]:
     """The folders in the order given, each once: a link counts as what it points at."""
-    return list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def _read(folder: Path) -> RunFolder:

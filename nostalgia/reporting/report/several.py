@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nostalgia.reporting.aggregate import MethodRow, by_method, doubts, same_tasks, summarise
+from nostalgia.reporting.aggregate import MethodRow, by_method, doubts, place, same_tasks, summarise
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
 from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.drawing import comparison_drawers
@@ -21,9 +21,10 @@ from nostalgia.reporting.settings import differences
 
 def comparison_page(runs: Sequence[RunFolder]) -> Page:
     """Methods with mean and standard deviation over seeds, and what sets the runs apart; unfinished ones by name."""
+    runs = sorted(runs, key=lambda run: (place(run.label), run.results.seed if run.results else math.inf))
     finished = [run for run in runs if run.results is not None]
     rows = by_method(finished)
-    page = Page(title=" against ".join(r.method for r in rows) or f"{len(runs)} runs", subtitle=_subtitle(runs, rows))
+    page = Page(title=_listed([row.method for row in rows]) or f"{len(runs)} runs", subtitle=_subtitle(runs, rows))
     page.notes = [*doubts(rows), *_unfinished(runs)]
     pictures = Pictures({}, CAPTIONS)
     drawn: list[Block | None] = []
@@ -32,7 +33,7 @@ def comparison_page(runs: Sequence[RunFolder]) -> Page:
         pictures = Pictures(comparison_drawers(groups), CAPTIONS)
         drawn = [pictures(name) for name in pictures.drawers]
     if rows:
-        page.add("Methods", _method_table(rows), *drawn, _task_table(rows), _meanings())
+        page.add("Methods", _method_table(rows), _meanings(), *drawn, _task_table(rows))
         page.add("To paste", Code(latex_table(rows), "LaTeX (booktabs)"), Code(markdown_table(rows), "Markdown"))
     page.add("Forgetting, predicted and measured", _predictions(runs, pictures))
     page.add("Runs", _run_table(runs))
@@ -115,7 +116,7 @@ def _predictions(runs: Sequence[RunFolder], pictures: Pictures) -> Block | None:
 
 def _run_table(runs: Sequence[RunFolder]) -> Block:
     body = []
-    for run in sorted(runs, key=lambda run: (run.label, run.results.seed if run.results else math.inf)):
+    for run in runs:
         results = run.results
         if results is None:
             body.append([str(run.path), run.label, *["-"] * (len(METRICS) + 3)])
@@ -128,8 +129,25 @@ def _run_table(runs: Sequence[RunFolder]) -> Block:
 
 
 def _differences(runs: Sequence[RunFolder]) -> Block | None:
+    """A column for each set of runs with the same settings."""
     found = differences([run.config for run in runs])
     if not found:
         return Text(["Nothing but seed and folder."]) if any(run.config for run in runs) else None
-    body = [[key, *values] for key, values in found.items()]
-    return Table(["key", *(f"{run.label} {run.path.name}".strip() for run in runs)], body, words=len(runs) + 1)
+    columns: dict[tuple[str, ...], list[RunFolder]] = {}
+    for run, *values in zip(runs, *found.values(), strict=True):
+        columns.setdefault(tuple(values), []).append(run)
+    body = [[key, *(values[i] for values in columns)] for i, key in enumerate(found)]
+    return Table(["key", *map(_named, columns.values())], body, words=len(columns) + 1)
+
+
+def _named(runs: Sequence[RunFolder]) -> str:
+    """``nostalgia, seeds 0, 1``, or the folders of runs that have no results."""
+    methods = _listed(list(dict.fromkeys(run.label for run in runs)))
+    seeds = [str(run.results.seed) for run in runs if run.results is not None]
+    if len(seeds) < len(runs):
+        return ", ".join(run.path.name for run in runs)
+    return f"{methods}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -25,6 +25,11 @@ FIGURES = {
     "memory",
     "spectrum",
     "subspace_overlap",
+    "importance",
+    "curvature_share",
+    "forgetting_prediction",
+    "projection",
+    "throughput",
 }
 
 
