@@ -27,6 +27,7 @@ from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
 from nostalgia.models import norm_statistics
+from nostalgia.models.backbones import has_adapters
 from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
 from nostalgia.parallel.guard import check_consistency
@@ -412,6 +413,9 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     config, accelerator = parts.config, parts.accelerator
     parameters = list(parts.backbone.parameters())
     projects = parts.method.needs_curvature
+    chosen = config.nostalgia.project_params
+    if chosen == "auto":
+        chosen = "lora-only" if has_adapters(parts.backbone) else "backbone"
     tasks = len(parts.tasks)
     memory = parts.memory
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
@@ -431,7 +435,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         total_parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         projected_parameters=parts.space.size if projects else 0,
-        projected=config.nostalgia.project_params if projects else "",
+        projected=chosen if projects else "",
         devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
         strategy=strategy(accelerator),
         precision=parts.precision,

@@ -20,6 +20,7 @@ from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Finetune, Joint, Method, Nostalgia
+from nostalgia.methods.loading import load_method
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.accelerator import strategy
@@ -194,6 +195,8 @@ def make_method(config: Config, num_tasks: int) -> tuple[Method, CurvatureMemory
         dtype=torch.bfloat16 if options.basis_dtype == "bfloat16" else None,
         budget_bytes=None if options.basis_memory_gb is None else options.basis_memory_gb * 2**30,
     )
+    if ":" in config.method.name:
+        return load_method(config.method.name, memory), memory
     if config.method.name == "joint":
         return Joint(), memory
     if config.method.name == "finetune" or not options.enabled:

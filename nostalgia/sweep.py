@@ -31,7 +31,7 @@ its output is in seed<seed>.log beside it. What is complete is skipped and what 
 same line can be given again. Each run is started as by launch/ddp.sh: NPROC processes, or one a GPU. Exit codes:
 0 all runs are complete, 2 wrong usage, 4 some failed, 75 interrupted.
 """
-OURS = ("--run-dir", "--resume", "method", "experiment.seed")  # words the sweep chooses itself
+OURS = ("--run-dir", "--resume", "method", "method.name", "experiment.seed")  # words the sweep chooses itself
 # What may differ between a finished run and the one that is asked for: nothing of it changes the numbers.
 FREE = (
     "logger.", "experiment.output_dir", "experiment.name", "dataset.root", "dataset.num_workers", "dataset.download",
@@ -86,9 +86,10 @@ def plan(options: Options) -> list[Job]:
     jobs = []
     for seed in options.seeds:
         for method in options.methods:
-            words = [*options.words, "--quiet", f"method={method}", f"experiment.seed={seed}"]
+            key = "method.name" if ":" in method else "method"  # a class of the user's, or a file of configs/method
+            words = [*options.words, "--quiet", f"{key}={method}", f"experiment.seed={seed}"]
             config = parse(words).config
-            folder = Path(config.experiment.output_dir).expanduser() / method / f"seed{seed}"
+            folder = Path(config.experiment.output_dir).expanduser() / method.split(":")[-1] / f"seed{seed}"
             jobs.append(Job(f"{method} seed {seed}", folder, tuple(words), is_complete(folder, config)))
     return jobs
 

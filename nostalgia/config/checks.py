@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from nostalgia.config.schema import Config
@@ -31,6 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.accelerator": ("auto", "cpu", "gpu"),
     "logger.mode": ("online", "offline", "disabled"),
 }
+
+OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 
 # key: (least, greatest, whether the least itself is allowed)
 RANGES: dict[str, tuple[float, float, bool]] = {
@@ -88,6 +91,8 @@ def value_at(config: Config, key: str) -> Any:
 def check(config: Config) -> None:
     """Raise UsageError for the first value that is not allowed, naming key, value, what is allowed and the remedy."""
     for key, allowed in CHOICES.items():
+        if key == "method.name" and OWN_METHOD.fullmatch(config.method.name):
+            continue
         if value_at(config, key) not in allowed:
             raise UsageError(f"{key}={value_at(config, key)}: allowed are {', '.join(allowed)}")
     for key, (least, greatest, inclusive) in RANGES.items():

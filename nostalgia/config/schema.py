@@ -75,7 +75,8 @@ class ModelConfig:
 @dataclass
 class MethodConfig:
     name: str = "nostalgia"
-    """nostalgia, finetune (no projection: the lower bound) or joint (all tasks together: the upper bound)."""
+    """nostalgia, finetune (no projection: the lower bound), joint (all tasks together: the upper bound), or
+    module:Class of your own."""
 
 
 @dataclass
