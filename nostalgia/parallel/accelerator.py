@@ -24,8 +24,8 @@ from accelerate.utils import (
 )
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
-from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 

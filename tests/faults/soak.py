@@ -1,6 +1,6 @@
 """Kills runs at random moments, takes them up again, and compares the end with an undisturbed run, bit for bit.
 
-    python -m tests.faults.soak --kills 40
+python -m tests.faults.soak --kills 40
 """
 
 from __future__ import annotations
