@@ -1,4 +1,4 @@
-"""The program, but for one number of one parameter that changes on rank 1 in mid-run, as faulty hardware would do it."""
+"""The program, but for one number of one parameter that changes on rank 1 in mid-run, as faulty hardware would."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Breaks runs in every way they should survive, takes them up again, and compares the end with an undisturbed run.
 
-    python -m tests.faults.soak --kills 40          kill -9 at random events, each way to run: bit for bit the same
-    python -m tests.faults.soak --only signals      SIGTERM, SIGUSR1, SIGINT: exit code 75, then the same again
-    python -m tests.faults.soak --only crossing     1 -> 2 -> 1 ranks and DDP -> FSDP2 -> DDP: equal to rounding
+python -m tests.faults.soak --kills 40          kill -9 at random events, each way to run: bit for bit the same
+python -m tests.faults.soak --only signals      SIGTERM, SIGUSR1, SIGINT: exit code 75, then the same again
+python -m tests.faults.soak --only crossing     1 -> 2 -> 1 ranks and DDP -> FSDP2 -> DDP: equal to rounding
 """
 
 from __future__ import annotations
