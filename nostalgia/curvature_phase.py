@@ -93,6 +93,8 @@ class CurvaturePhase:
         kept = saved["memory"]
         memory.tasks, self._memory_file = kept["tasks"], kept["file"]
         if self._memory_file:
+            if self._memory_file not in references:
+                raise ValueError("a memory's file that is not one of its own")
             values = torch.tensor(kept["eigenvalues"], dtype=torch.float64)
             memory.load(load_block(self.folder / self._memory_file, space), values, memory.tasks, space)
         if self.forgetting is not None and saved["forgetting"] is not None:
