@@ -1,6 +1,6 @@
 """Runs several command lines in one process (or one group of ranks): starting one takes longer than its run.
 
-    python -m tests.integration.many_runs FILE      a JSON list of [command, words, dataset root]
+python -m tests.integration.many_runs FILE      a JSON list of [command, words, dataset root]
 """
 
 from __future__ import annotations
