@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,18 @@ from torch import nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.store import BLOCKS
+from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
 from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.data.stream import Batch, Prepared, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
-from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.models.backbones import projected_parameters
-from nostalgia.parallel.accelerator import strategy, wrap_by_layer
+from nostalgia.parallel.accelerator import sharded_copy, strategy
 from nostalgia.parallel.coordination import agree
+from nostalgia.prediction import ForgettingCheck, directions
 from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.progress import Progress
@@ -38,12 +38,19 @@ class CurvaturePhase:
         self.parts, self.folder, self.progress, self.log = parts, folder, progress, log
         self.config, self.accelerator = parts.config, parts.accelerator
         self.references: dict[str, str] = {}
+        self.bases = SavedBases(parts, folder)
+        self.forgetting = ForgettingCheck(parts, self.bases, folder) if ForgettingCheck.wanted(parts) else None
         self.solve: LanczosState | None = None  # of the eigensolve in progress
         self._memory_file = ""
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a finished task's curvature is taken: for the method's memory, or to predict forgetting."""
+        return self.parts.method.needs_curvature or self.forgetting is not None
+
     def run(
         self, task: Task, images: Prepared, state: LanczosState | None, after_product: Callable[[int], None]
-    ) -> tuple[Eigenpairs, MemoryUpdate]:
+    ) -> tuple[Eigenpairs, MemoryUpdate | None]:
         """Solve, or go on from ``state``; raises RunFailedError where no pair converged."""
         options = curvature_options(self.config)
         operator = self._operator(self._batches(task, images), options)
@@ -62,23 +69,38 @@ class CurvaturePhase:
                 f"(worst residual {float(pairs.residuals.max()):.2g}); raise nostalgia.max_products or "
                 "nostalgia.tol, or use nostalgia.precision=float64"
             )
-        update = self.parts.method.finish_task(task.index, pairs)
+        update = self.parts.method.finish_task(task.index, pairs) if self.parts.method.needs_curvature else None
+        if self.forgetting is not None:
+            self.forgetting.task_finished(task, operator, pairs, self._warn)
+            self._save_expansion(task)
         self._save(task, operator, pairs, update)
         self._save_memory(task)
         return pairs, update
 
-    def saved_memory(self) -> dict[str, Any]:
-        """Where the memory's basis is kept, and what is small of it, as plain JSON."""
+    def state(self) -> dict[str, Any]:
+        """What is small of all this, as plain JSON; the rest is in files that `references` lists."""
         memory = self.parts.memory
-        return {"file": self._memory_file, "tasks": memory.tasks, "eigenvalues": memory.eigenvalues.tolist()}
+        return {
+            "tasks": self.bases.count,
+            "memory": {"file": self._memory_file, "tasks": memory.tasks, "eigenvalues": memory.eigenvalues.tolist()},
+            "forgetting": None if self.forgetting is None else self.forgetting.prediction.state(),
+        }
 
-    def load_memory(self, saved: dict[str, Any]) -> None:
-        """Take up the memory that `saved_memory` described."""
+    def restore(self, saved: dict[str, Any], references: Mapping[str, str]) -> None:
+        """Take up what `state` described, from the files that ``references`` lists."""
         memory, space = self.parts.memory, self.parts.space
-        memory.tasks, self._memory_file = saved["tasks"], saved["file"]
+        self.references, self.bases.count = dict(references), saved["tasks"]
+        kept = saved["memory"]
+        memory.tasks, self._memory_file = kept["tasks"], kept["file"]
         if self._memory_file:
-            values = torch.tensor(saved["eigenvalues"], dtype=torch.float64)
+            values = torch.tensor(kept["eigenvalues"], dtype=torch.float64)
             memory.load(load_block(self.folder / self._memory_file, space), values, memory.tasks, space)
+        if self.forgetting is not None and saved["forgetting"] is not None:
+            vectors = {}
+            for number in range(1, len(saved["forgetting"]["expansions"]) + 1):
+                block = load_block(self._block_file(f"expansion{number}"), space)
+                vectors.update({f"task{number}.parameters": block[0], f"task{number}.gradient": block[1]})
+            self.forgetting.restore(vectors, saved["forgetting"])
 
     def _batches(self, task: Task, images: Prepared) -> list[Batch]:
         return agree(
@@ -104,19 +126,24 @@ class CurvaturePhase:
         model: nn.Module = TaskModel(parts.backbone, [parts.heads[-1]])
         if options.method == "finite_difference" and strategy(self.accelerator) == "fsdp2":
             # Two ordinary gradients of the sharded model: nothing is gathered.
-            wrap_by_layer(self.accelerator, parts.backbone)
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-            model, _ = self.accelerator.prepare(copy.deepcopy(model), optimizer)
+            model = sharded_copy(self.accelerator, model)
         available = projected_parameters(model.backbone, self.config.nostalgia.project_params)  # type: ignore[arg-type]
         parameters = {name: available[name] for name in parts.projected}
         return task_operator(model, loss_fn, batches, parameters, self.accelerator, options, parts.space)
 
-    def _save(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate) -> None:
+    def _save(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs, update: MemoryUpdate | None) -> None:
         memory = self.parts.memory
-        angles = self._angles(task, pairs)
-        density = self._density(operator) if self.config.nostalgia.spectral_density else None
-        file = self._basis_file(task.index)
+        angles = {
+            name: principal_angles(basis, pairs.eigenvectors, pairs.space).tolist()
+            for name, basis in self.bases.items()  # one at a time in memory
+        }
+        options, estimate = self.config.nostalgia, None
+        if options.spectral_density:
+            estimate = estimate_spectrum(operator, options.density_runs, options.density_steps)
+        where_they_lie = directions(self.parts, pairs, self.forgetting, task.name)
+        file = self.bases.file(task.index)
         self.references[self._name(file)] = save_block(file, pairs.eigenvectors, pairs.space)
+        self.bases.count = task.index
         self.log.curvature(
             task.name,
             pairs.eigenvalues.tolist(),
@@ -141,51 +168,61 @@ class CurvaturePhase:
                 "seconds": pairs.seconds,
                 "curvature": self.config.nostalgia.curvature,
                 "memory_eigenvalues": memory.eigenvalues.tolist(),
-                "memory_dropped": update.dropped,
+                "memory_dropped": 0 if update is None else update.dropped,
+                "memory_basis": memory.describe(),
                 "principal_angles": angles,
-                **({"density": density} if density else {}),
+                **where_they_lie,
+                **({} if estimate is None else estimate.to_json()),
             },
         )
+
+    def _save_expansion(self, task: Task) -> None:
+        """The latest task's expansion, if it has one: two vectors, once a task."""
+        assert self.forgetting is not None
+        number, vectors = len(self.forgetting.prediction.expansions), self.forgetting.prediction.tensors()
+        if task.name in self.forgetting.prediction.expansions:
+            file = self._block_file(f"expansion{number}")
+            block = torch.stack([vectors[f"task{number}.parameters"], vectors[f"task{number}.gradient"]])
+            self.references[self._name(file)] = save_block(file, block, self.parts.space)
 
     def _save_memory(self, task: Task) -> None:
         """Once a task: later checkpoints refer to the file."""
         memory = self.parts.memory
         if memory.basis is None or memory.space is None:
             return
-        file = self.folder / "checkpoints" / BLOCKS / f"memory_task{task.index}.safetensors"
+        file = self._block_file(f"memory_task{task.index}")
         self.references.pop(self._memory_file, None)
         self._memory_file = self._name(file)
         self.references[self._memory_file] = save_block(file, memory.basis, memory.space)
 
-    def _angles(self, task: Task, pairs: Eigenpairs) -> dict[str, list[float]]:
-        """Principal angles to each earlier task's eigenspace, read back one at a time: none is kept in memory."""
-        earlier = self.parts.tasks[: task.index - 1]
-        return {
-            other.name: principal_angles(
-                load_block(self._basis_file(other.index), pairs.space).to(pairs.space.dtype),
-                pairs.eigenvectors,
-                pairs.space,
-            ).tolist()
-            for other in earlier
-        }
-
-    def _density(self, operator: BatchedOperator) -> dict[str, list[float]]:
-        """Density of the whole spectrum, by stochastic Lanczos quadrature (hessian-eigenthings, on our operator)."""
-        from hessian_eigenthings.algorithms.spectral_density import spectral_density
-
-        steps = min(40, operator.size)
-        result = spectral_density(
-            operator,
-            num_runs=4,
-            lanczos_steps=steps,
-            num_grid_points=1000,
-            seed=0,
-            backend=SpaceBackend(operator.space),
-        )
-        return {"grid": result.grid.tolist(), "density": result.density.tolist()}
-
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
 
-    def _basis_file(self, index: int) -> Path:
+    def _block_file(self, name: str) -> Path:
+        return self.folder / "checkpoints" / BLOCKS / f"{name}.safetensors"
+
+    def _warn(self, line: str) -> None:
+        self.progress.console.print(f"warning: {line}", highlight=False)
+
+
+class SavedBases(Mapping[str, torch.Tensor]):
+    """Eigenvectors (k, P_local) of the first ``count`` tasks by name, read from their files when asked for.
+
+    Collective: all ranks ask alike. Nothing is kept: a task's basis has the size of k networks.
+    """
+
+    def __init__(self, parts: Parts, folder: Path) -> None:
+        self.parts, self.folder, self.count = parts, folder, 0
+
+    def file(self, index: int) -> Path:
         return self.folder / "curvature" / f"task{index}.safetensors"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        index = next(task.index for task in self.parts.tasks if task.name == name)
+        return load_block(self.file(index), self.parts.space).to(self.parts.space.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return (task.name for task in self.parts.tasks[: self.count])
+
+    def __len__(self) -> int:
+        return self.count

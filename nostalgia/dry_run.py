@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nostalgia.config import Config, Request
-from nostalgia.data.arrays import ArrayImages
+from nostalgia.data.images import ArrayImages
 from nostalgia.data.tasks import Missing, Task, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.parallel.coordination import agree

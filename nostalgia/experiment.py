@@ -22,10 +22,12 @@ from nostalgia.dry_run import dry_run
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
 from nostalgia.exporting import EXPORT, export_run
+from nostalgia.full_run import cost_of_full_run
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
 from nostalgia.models import norm_statistics
+from nostalgia.models.backbones import has_adapters
 from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
 from nostalgia.parallel.guard import check_consistency
@@ -33,6 +35,7 @@ from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.report import write_report
 from nostalgia.reporting.results import RunResults, write_results
 from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.run_log import RunLog
@@ -64,7 +67,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         quiet=request.quiet,
         path=folder / "config.yaml",
     )
-    console.print(start_panel(run_info(parts, request, folder)))
+    info = run_info(parts, request, folder)
+    console.print(start_panel(info))
     with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
         experiment = Experiment(parts, folder, progress, resumed)
         results = experiment.run()
@@ -74,9 +78,12 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         experiment.log.figures(drawn.made)
         if config.experiment.export:
             paths[EXPORT] = export_run(folder, parts, results, request.argv)
-        print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        print_final(console, results, paths)
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
+        if request.debug:
+            console.print(cost_of_full_run(request, parts, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder
@@ -131,7 +138,13 @@ class Experiment:
             world_size=self.accelerator.num_processes,
             seconds=self._elapsed(),
             versions=versions(),
-            details={"model": self.config.model.name, "seconds_per_task": self.state.seconds},
+            details={
+                "model": self.config.model.name,
+                "seconds_per_task": self.state.seconds,
+                "device": device_name(self.accelerator),
+                "strategy": strategy(self.accelerator),
+                "precision": self.parts.precision,
+            },
         )
 
     # -- a round, stage by stage -----------------------------------------------------------------------------------
@@ -220,7 +233,7 @@ class Experiment:
 
     def _curvature(self, tasks: list[Task]) -> None:
         pairs, update = None, None
-        if self.parts.method.needs_curvature:
+        if self.curvature.wanted:
             images = self.parts.loader(tasks, train=True).images
             solve, self.solve = self.solve, None
             pairs, update = self.curvature.run(tasks[0], images, solve, self.checkpoints.after_product)
@@ -400,12 +413,15 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     config, accelerator = parts.config, parts.accelerator
     parameters = list(parts.backbone.parameters())
     projects = parts.method.needs_curvature
+    chosen = config.nostalgia.project_params
+    if chosen == "auto":
+        chosen = "lora-only" if has_adapters(parts.backbone) else "backbone"
     tasks = len(parts.tasks)
     memory = parts.memory
     columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
-    local = parts.space.size if memory.replicates(parts.space, columns) else parts.space.local_size
-    device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
+    placement = memory.place(parts.space)
+    local = parts.space.size if placement.replicated else parts.space.local_size
     return RunInfo(
         method=parts.method.name,
         seed=config.experiment.seed,
@@ -419,8 +435,8 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         total_parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         projected_parameters=parts.space.size if projects else 0,
-        projected=config.nostalgia.project_params if projects else "",
-        devices=f"{accelerator.num_processes} x {device}",
+        projected=chosen if projects else "",
+        devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
         strategy=strategy(accelerator),
         precision=parts.precision,
         per_device_batch_size=config.dataset.batch_size,
@@ -433,4 +449,9 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         suite=request.suite,
         basis_columns=columns if projects else 0,
         basis_bytes=columns * local * itemsize if projects else 0,
+        basis_placement=str(placement),
     )
+
+
+def device_name(accelerator: Accelerator) -> str:
+    return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)

@@ -20,6 +20,7 @@ from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Finetune, Joint, Method, Nostalgia
+from nostalgia.methods.loading import load_method
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.accelerator import strategy
@@ -137,7 +138,7 @@ def build_parts(
         )
     else:
         space = VectorSpace.of(projected, dtype=dtype, device=accelerator.device)
-    method, memory = make_method(config)
+    method, memory = make_method(config, len(tasks))
     if method.needs_curvature and config.nostalgia.top_k > space.size:
         raise UsageError(
             f"nostalgia.top_k={config.nostalgia.top_k}: allowed 1 to {space.size}, the number of projected parameters"
@@ -182,17 +183,20 @@ def make_backbone(config: Config, download: bool = True) -> Backbone:
     return backbone
 
 
-def make_method(config: Config) -> tuple[Method, CurvatureMemory]:
+def make_method(config: Config, num_tasks: int) -> tuple[Method, CurvatureMemory]:
     """The method, and the memory it writes (empty for methods without one)."""
     options = config.nostalgia
+    k_max = 4 * options.top_k if options.k_max is None else options.k_max
     memory = CurvatureMemory(
         options.top_k,
         options.merge,
-        options.k_max,
+        min(k_max, num_tasks * options.top_k),  # so that `auto` counts no columns that never come
         placement=options.basis_placement,
         dtype=torch.bfloat16 if options.basis_dtype == "bfloat16" else None,
         budget_bytes=None if options.basis_memory_gb is None else options.basis_memory_gb * 2**30,
     )
+    if ":" in config.method.name:
+        return load_method(config.method.name, memory), memory
     if config.method.name == "joint":
         return Joint(), memory
     if config.method.name == "finetune" or not options.enabled:

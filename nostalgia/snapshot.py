@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
-from nostalgia.checkpoint.store import BLOCKS, Contents
+from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.errors import NotFoundError
 from nostalgia.linalg.krylov import LanczosState
@@ -26,6 +27,7 @@ from nostalgia.run_state import RunState
 from nostalgia.setup import Parts, versions
 from nostalgia.task_heads import empty_heads
 from nostalgia.training.loop import PhaseState, Training
+from nostalgia.training.task_model import TaskModel
 
 _SOLVE_VECTORS = ("basis", "parked")
 
@@ -47,11 +49,11 @@ class Snapshot:
         parts = self.parts
         backbone: nn.Module = parts.backbone
         if training is not None and state.stage != "baseline":  # which trains a head on a copy
-            backbone = inner_module(training.wrapped).backbone
+            backbone = cast(TaskModel, inner_module(training.wrapped)).backbone
         values = tensors.to_main(self._trained(backbone))
         phase = None if training is None else training.capture()
         ranks = tensors.gather_objects(
-            {**capture_random_state(parts.view.device), "norm": norm_statistics.capture(backbone)}  # type: ignore[arg-type]
+            {**capture_random_state(parts.view.device), "norm": norm_statistics.capture(backbone)}
         )
         solve, references = self._take_solve(values)
         label = f"task{state.round}_{state.stage}" if kind != "end_of_task" else f"task{state.round - 1}_{kind}"
@@ -68,7 +70,7 @@ class Snapshot:
             "phase": None if phase is None else phase.position,
             "solve": solve,
             "heads": len(parts.heads),
-            "memory": self.curvature.saved_memory(),
+            "curvature": self.curvature.state(),
             "log": log,
             "ranks": rest,
             "tasks": [[t.name, t.classes] for t in parts.tasks],
@@ -101,8 +103,8 @@ class Snapshot:
             targets.update({f"norm/{i}/{key}": value for key, value in statistics.items()})
             tensors.from_main(targets, values, source)
             parts.norm_statistics.append(statistics)
-        self.curvature.load_memory(saved["memory"])
-        self.curvature.references = dict(resumed.references)
+        references = {name: digest for name, digest in resumed.references.items() if EIGENSOLVE not in name}
+        self.curvature.restore(saved["curvature"], references)
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
         if saved["solve"] is not None:
@@ -129,7 +131,7 @@ class Snapshot:
         if self.curvature.solve is None:
             return None, {}
         solve, space = self.curvature.solve.clone(), self.parts.space
-        name = f"checkpoints/{BLOCKS}/eigensolve_{solve.products}.safetensors"
+        name = f"checkpoints/{BLOCKS}/{EIGENSOLVE}{secrets.token_hex(4)}.safetensors"  # never one in use
         digest = save_block(self.curvature.folder / name, torch.cat([solve.basis, solve.parked]), space)
         rest = {key: value for key, value in vars(solve).items() if key not in _SOLVE_VECTORS}
         small: dict[str, Tensor] = {}
@@ -188,5 +190,5 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -29,18 +29,25 @@ def main(
     warnings.filterwarnings("ignore", category=FutureWarning)
     from nostalgia import config
     from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.accelerator import launch_info, make_accelerator
-    from nostalgia.parallel.failure import FailureWatch, leave
+    from nostalgia.parallel.exit_code import already_ended, leave
 
+    if already_ended():
+        return 0
     watch: FailureWatch | None = None
     try:
         request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
+        # Seconds to import: a refused command line, and --help, need not wait for them.
+        from nostalgia.parallel.accelerator import launch_info, make_accelerator
+        from nostalgia.parallel.failure import FailureWatch
+
         launch = launch_info(request.config.train.accelerator)
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
-        watch = FailureWatch()
+        watch = FailureWatch(request.config.train.heartbeat_seconds)
         if run is None:
-            from nostalgia.experiment import run
+            from nostalgia import experiment
+
+            run = experiment.run
         run(request, accelerator, precision)
         watch.stop()
         accelerator.end_training()

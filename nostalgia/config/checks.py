@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from nostalgia.config.schema import Config
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "nostalgia.hvp": ("exact", "jvp", "finite_difference"),
     "nostalgia.precision": ("float32", "float64", "tf32", "bf16"),
     "nostalgia.retain_graph": ("auto", "true", "false"),
+    "nostalgia.predict_forgetting": ("auto", "true", "false"),
     "nostalgia.basis_placement": ("auto", "replicated", "sharded"),
     "nostalgia.basis_dtype": ("float32", "bfloat16"),
     "train.optimizer": ("adamw", "sgd"),
@@ -30,6 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.accelerator": ("auto", "cpu", "gpu"),
     "logger.mode": ("online", "offline", "disabled"),
 }
+
+OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 
 # key: (least, greatest, whether the least itself is allowed)
 RANGES: dict[str, tuple[float, float, bool]] = {
@@ -52,6 +56,9 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "nostalgia.max_basis": (1, math.inf, True),
     "nostalgia.basis_memory_gb": (0, math.inf, True),
     "nostalgia.guard_every_n_steps": (0, math.inf, True),
+    "nostalgia.trace_samples": (1, math.inf, True),
+    "nostalgia.density_runs": (1, math.inf, True),
+    "nostalgia.density_steps": (1, math.inf, True),
     "train.epochs": (1, math.inf, True),
     "train.lr": (0, math.inf, False),
     "train.weight_decay": (0, math.inf, True),
@@ -62,6 +69,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "train.gradient_accumulation_steps": (1, math.inf, True),
     "train.max_grad_norm": (0, math.inf, False),
     "train.label_smoothing": (0, 0.99, True),
+    "train.heartbeat_seconds": (0, math.inf, True),
     "train.log_every_n_steps": (1, math.inf, True),
     "train.timeout_minutes": (0, math.inf, False),
     "train.checkpoint_every_steps": (0, math.inf, True),
@@ -83,6 +91,8 @@ def value_at(config: Config, key: str) -> Any:
 def check(config: Config) -> None:
     """Raise UsageError for the first value that is not allowed, naming key, value, what is allowed and the remedy."""
     for key, allowed in CHOICES.items():
+        if key == "method.name" and OWN_METHOD.fullmatch(config.method.name):
+            continue
         if value_at(config, key) not in allowed:
             raise UsageError(f"{key}={value_at(config, key)}: allowed are {', '.join(allowed)}")
     for key, (least, greatest, inclusive) in RANGES.items():
@@ -165,6 +175,10 @@ def _check_conflicts(config: Config) -> None:
         raise UsageError("nostalgia.hvp=finite_difference is for nostalgia.curvature=hessian; ggn allows exact and jvp")
     if nostalgia.compile and nostalgia.hvp != "jvp":
         raise UsageError(f"nostalgia.compile=true compiles nostalgia.hvp=jvp; it is {nostalgia.hvp}")
+    if nostalgia.predict_forgetting == "true" and config.method.name == "joint":
+        raise UsageError(
+            "nostalgia.predict_forgetting=true with method=joint: no task ends before another begins; use auto or false"
+        )
     if nostalgia.project_params == "lora-only" and not model.use_lora:
         raise UsageError(
             "nostalgia.project_params=lora-only without adapters: set model.use_lora=true, or project_params=backbone"

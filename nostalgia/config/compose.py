@@ -152,7 +152,7 @@ def known_keys() -> list[str]:
     def walk(kind: Any, prefix: str) -> list[str]:
         keys = []
         for item in fields(kind):
-            value = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[misc]
+            value = item.default_factory() if callable(item.default_factory) else item.default
             name = f"{prefix}{item.name}"
             keys.append(name)
             if is_dataclass(value):
@@ -295,6 +295,9 @@ def _checked(composed: Any) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from None
     assert isinstance(config, Config)
+    options = config.nostalgia
+    # On the command line `true` is a boolean, which a key of words turns into "True".
+    options.retain_graph, options.predict_forgetting = options.retain_graph.lower(), options.predict_forgetting.lower()
     check(config)
     return config
 

@@ -75,7 +75,8 @@ class ModelConfig:
 @dataclass
 class MethodConfig:
     name: str = "nostalgia"
-    """nostalgia, finetune (no projection: the lower bound) or joint (all tasks together: the upper bound)."""
+    """nostalgia, finetune (no projection: the lower bound), joint (all tasks together: the upper bound), or
+    module:Class of your own."""
 
 
 @dataclass
@@ -119,7 +120,16 @@ class NostalgiaConfig:
     checkpoint_every_n_products: int = 50
     """Products of an eigensolve between checkpoints; 0: none."""
     spectral_density: bool = False
-    """Estimate the whole spectrum's density of each finished task as well."""
+    """Estimate the density and the trace of each finished task's whole spectrum as well."""
+    density_runs: int = 4
+    """Random vectors that density is estimated from."""
+    density_steps: int = 40
+    """Lanczos steps from each: the estimate costs (density_runs + 1) density_steps products."""
+    predict_forgetting: str = "auto"
+    """Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto
+    (where the method takes curvature). Reads the earlier tasks' curvature samples again, as evaluation does its own."""
+    trace_samples: int = 8
+    """Random vectors the trace of a finished task's curvature is estimated by; one product each."""
 
 
 @dataclass
@@ -146,6 +156,8 @@ class TrainConfig:
     accelerator: str = "auto"
     devices: Any = "auto"
     """The number of processes you expect; the launcher starts them."""
+    heartbeat_seconds: float = 60.0
+    """A rank that is stopped, or whose machine is gone, for longer ends the run; 0: only its timeout does."""
     log_every_n_steps: int = 50
     timeout_minutes: float = 30.0
     """A rank that waits longer for the others ends the run."""

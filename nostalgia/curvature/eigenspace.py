@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianOperator
 from nostalgia.data.stream import Batch
@@ -15,7 +15,7 @@ from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState, lanczos
 from nostalgia.linalg.vector_space import VectorSpace
 
-LossFn = Callable[[nn.Module, Batch], tuple]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def top_eigenpairs(
     )
 
 
-def _logits(model: nn.Module, batch: Batch) -> tuple:
+def _logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The one head's logits and the labels: curvature sets hold no padding."""
     (logits,) = model(batch.images)
     return logits, batch.labels

@@ -62,7 +62,7 @@ class Prepared:
         tasks = self.tasks[indices]
         for task in tasks.unique().tolist():
             rows = tasks == task
-            raw = self.datasets[task].batch(indices[rows] - self.starts[task])  # type: ignore[attr-defined]
+            raw = self.datasets[task].batch(indices[rows] - self.starts[task])
             out[rows.to(device)] = resize(raw.to(device), size)
         return out
 
@@ -93,7 +93,7 @@ class Prepared:
         return images
 
 
-class Decoder(Dataset):
+class Decoder(Dataset[Tensor | NotFoundError]):
     """What worker processes do: decode, augment and resize the sample of a key (index, draws)."""
 
     def __init__(self, images: Prepared, policies: Sequence[str]) -> None:

@@ -118,6 +118,7 @@ def _under_root(entry: Entry, root: Path, val_fraction: float, tried: list[str])
 
 def _fetched(entry: Entry, root: Path, val_fraction: float, download: bool, tried: list[str]) -> Source:
     """From the hub or torchvision: first what both have on this machine, then by download."""
+    reasons: list[str] = []
     for downloads in (False, True) if download else (False,):
         reasons = []
         for repository in entry.hub:

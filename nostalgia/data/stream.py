@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class TaskLoader:
         mine = micro.tensor_split(self.world_size)[self.rank]
         return (mine, True) if len(mine) else (micro[:1], False)
 
-    def _batch(self, indices: Tensor, valid: bool, epoch: int, fetched: Iterator | None) -> Batch:
+    def _batch(self, indices: Tensor, valid: bool, epoch: int, fetched: Iterator[Any] | None) -> Batch:
         raw = self.images.gather(indices, self.view.device) if fetched is None else _next(fetched)
         batch = _as_batch(self.images, self.view, indices, self.view.scale(raw), valid)
         if fetched is None:
@@ -122,7 +123,7 @@ class TaskLoader:
         batch.images = self.view.normalise_(self.images.shifted(batch.images, batch.tasks))
         return batch
 
-    def _workers(self, num_workers: int) -> DataLoader:
+    def _workers(self, num_workers: int) -> DataLoader[Any]:
         # Those of training live as long as the loader. Those of evaluation go after each pass: a run keeps a
         # loader for every task it has seen, and their idle processes would add up.
         return DataLoader(
@@ -214,7 +215,7 @@ def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, val
     )
 
 
-def _next(fetched: Iterator) -> Tensor:
+def _next(fetched: Iterator[Any]) -> Tensor:
     try:
         batch = next(fetched)
     except RuntimeError as error:

@@ -63,14 +63,13 @@ class LanczosState:
     probe_end: int = 0  # products at which a running probe ends; 0: none was started
     probe_values: Tensor | None = None  # (k,) Ritz values when it started
     probe_residuals: Tensor | None = None  # (k,)
+    probe_chain: Tensor | None = None  # (j, 2): recurrence of the probe's j products; None: not followed
 
     def clone(self) -> LanczosState:
         """A copy that later products leave alone, without the room to grow."""
         used = self.projected.shape[0] + self.active_coupling.shape[0]
         # The small matrices are replaced by a solve, never written to.
-        return LanczosState(
-            **{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()}
-        )
+        return LanczosState(**{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()})
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,12 @@ class Krylov:
         if length > 0.0:
             self._activate(coupling * length, overlaps)
 
+    def recurrence(self) -> Tensor:
+        """Diagonal and next off-diagonal entry (1, 2) of the recurrence in the last product."""
+        s = self.state
+        coupling = s.active_coupling[0, -1] if self.active else torch.zeros((), dtype=torch.float64)
+        return torch.stack([s.projected[-1, -1], coupling])[None]
+
     # -- the whole basis -----------------------------------------------------------------------------------
 
     def restart(self, ritz: Ritz, keep: int) -> None:
@@ -242,7 +247,7 @@ class Krylov:
         the parked rows (p,). One small all-reduce a pass brings all of these.
         """
         s, space = self.state, self.space
-        total = torch.zeros(n, dtype=torch.float64)
+        total, overlaps = torch.zeros(n, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         for step in range(3):
             row = s.basis[n : n + 1]
             parts = [space.local_gram(s.basis[: n + 1], row), space.local_gram(s.parked, row)]

@@ -38,6 +38,7 @@ class StepRule(Protocol):
 
     def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
         """Take up what `vectors` gave, given whole on every rank."""
+        return None
 
 
 class Method(Protocol):

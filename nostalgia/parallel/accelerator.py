@@ -6,10 +6,12 @@ decides (device, precision, time limit of a collective) comes in as plain values
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +24,10 @@ from accelerate.utils import (
 )
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 from nostalgia.errors import UsageError
 
@@ -67,7 +73,8 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    for backend in (torch.backends.cuda.matmul, conv):
         backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     plugin = _fsdp_plugin(precision) if launch.fsdp else None
     with warnings.catch_warnings():
@@ -77,13 +84,29 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
             mixed_precision=MIXED_PRECISION[precision],
             fsdp_plugin=plugin,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                _group_of_this_attempt(timedelta(minutes=timeout_minutes)),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
     if plugin is not None and cpu:
         enable_fsdp_on_cpu(plugin)
     return accelerator
+
+
+def _group_of_this_attempt(timeout: timedelta) -> InitProcessGroupKwargs:
+    """Keeps a restarted job's process group apart from the one before it.
+
+    torchrun's store outlives a restart (torch 2.14): a new rank would find the addresses of dead ones in it, and the
+    failure watch an old failure.
+    """
+    handler = InitProcessGroupKwargs(timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0":
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        group = {"store": PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
+        # Accelerate takes this very class only, which has no field for a store.
+        handler.to_kwargs = lambda: {"timeout": timeout, **group}
+    return handler
 
 
 def enable_fsdp_on_cpu(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -115,13 +138,31 @@ def wrap_by_layer(accelerator: Accelerator, backbone: nn.Module) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
-    names: set[str] = set()
-    for module in backbone.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    present = {type(module).__name__ for module in backbone.modules()}
-    layers = sorted(names & present)
+    layers = _layer_classes(backbone)
     plugin.transformer_cls_names_to_wrap = layers
     plugin.auto_wrap_policy = plugin.auto_wrap_policy if layers else None
+
+
+def sharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` over all ranks as FSDP2 shards it for training, in its parameters' own precision.
+
+    Accelerate is not told of it: it would keep the copy, and count it among the models that it saves.
+    """
+    copied = copy.deepcopy(model)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = _layer_classes(copied)
+    for module in [module for module in copied.modules() if type(module).__name__ in layers]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(copied, mesh=mesh)
+    return copied
+
+
+def _layer_classes(model: nn.Module) -> list[str]:
+    """Class names of the layers that the model's library says must not be split."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return sorted(names & {type(module).__name__ for module in model.modules()})
 
 
 def strategy(accelerator: Accelerator) -> str:

@@ -32,7 +32,7 @@ def main_first(accelerator: Accelerator, work: Callable[[bool], T]) -> T:
     if failed is not None and failed[0] is not None:
         raise getattr(errors, failed[0])(failed[1])
     if accelerator.is_main_process:
-        return agree(accelerator, lambda: result)  # type: ignore[return-value, arg-type]
+        return agree(accelerator, lambda: result)  # type: ignore[return-value]
     return agree(accelerator, lambda: work(False))
 
 

@@ -30,7 +30,7 @@ def to_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies on rank 0's CPU; empty on the other ranks. Plain tensors must be the same on all ranks."""
     values = {}
     for name, tensor in tensors.items():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
         if is_main():
             values[name] = whole.to("cpu", copy=True).contiguous()
     return values

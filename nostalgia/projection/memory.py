@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,9 @@ from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import merge_average, merge_union
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.projection.placement import PLACEMENTS, BasisPlacement, place_basis
 
 MERGES = ("union", "average")
-PLACEMENTS = ("auto", "replicated", "sharded")
-# Where the user sets no budget, `auto` keeps the basis on every rank up to this share of the device's memory.
-BUDGET_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class CurvatureMemory:
     ``merge="union"`` keeps the span of all tasks' eigenvectors, at most ``k_max`` of them (default 4 k);
     ``"average"`` keeps the running mean Hessian at rank ``k``. ``basis`` is (m, P_local) in ``dtype``, in ``space``:
     the solver's own slices with ``placement="sharded"``, the whole vectors on every rank with ``"replicated"``.
-    ``auto`` replicates while the basis fits in ``budget_bytes`` (projection then needs no collective of size P);
-    shards of FSDP2 are never replicated.
+    ``auto`` replicates where the fullest basis fits in ``budget_bytes`` (projection then needs no collective of size
+    P); shards of FSDP2 are never replicated.
     """
 
     def __init__(
@@ -60,6 +59,7 @@ class CurvatureMemory:
         if self.k_max < k:
             raise UsageError(f"k_max={self.k_max} is below k={k}; the memory must hold at least one task's directions")
         self.placement, self.dtype, self.budget_bytes = placement, dtype, budget_bytes
+        self._placed: tuple[VectorSpace, BasisPlacement] | None = None
         self.tasks = 0
         self.space: VectorSpace | None = None
         self.basis: Tensor | None = None  # (m, P_local)
@@ -68,6 +68,19 @@ class CurvatureMemory:
     @property
     def columns(self) -> int:
         return 0 if self.basis is None else self.basis.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """The most rows the basis may ever have."""
+        return self.k_max if self.merge == "union" else self.k
+
+    def place(self, space: VectorSpace) -> BasisPlacement:
+        """Where the basis of ``space`` will lie, from the first task to the last; all ranks must ask together."""
+        if self._placed is None or self._placed[0] is not space:
+            itemsize = torch.empty((), dtype=self.dtype or space.dtype).element_size()
+            decision = place_basis(self.placement, space, min(self.capacity, space.size), itemsize, self.budget_bytes)
+            self._placed = (space, decision)
+        return self._placed[1]
 
     @torch.no_grad()
     def update(self, eigenpairs: Eigenpairs) -> MemoryUpdate:
@@ -110,10 +123,23 @@ class CurvatureMemory:
         if self.basis is None or self.basis.dtype in (torch.float32, torch.float64):
             return None
         assert self.space is not None
-        return torch.linalg.inv(self.space.gram(self.basis, self.basis))
+        return torch.linalg.inv(self.space.gram(self.basis, self.basis, exact=True))
 
     def bytes_per_rank(self) -> int:
         return 0 if self.basis is None else self.basis.numel() * self.basis.element_size()
+
+    def describe(self) -> dict[str, Any]:
+        """Where and how the basis is held, for the run's files."""
+        if self.basis is None or self._placed is None:
+            return {"columns": 0, "bytes_per_rank": 0}
+        decision = self._placed[1]
+        return {
+            "columns": self.columns,
+            "bytes_per_rank": self.bytes_per_rank(),
+            "dtype": str(self.basis.dtype).removeprefix("torch."),
+            "placement": decision.name,
+            "reason": decision.reason,
+        }
 
     @torch.no_grad()
     def load(self, basis: Tensor, eigenvalues: Tensor, tasks: int, space: VectorSpace) -> None:
@@ -138,28 +164,9 @@ class CurvatureMemory:
         dtype = space.dtype if self.dtype is None else self.dtype
         if basis.shape[0] == 0:
             self.basis, self.space = None, None
-        elif self.replicates(space, basis.shape[0]):
+        elif self.place(space).replicated:
             self.space = space.replicated()
             self.basis = space.gather_flat(basis.to(dtype)).contiguous()
         else:
             self.space, self.basis = space, basis.to(dtype).contiguous()
         self.eigenvalues = eigenvalues
-
-    def replicates(self, space: VectorSpace, columns: int) -> bool:
-        """Whether ``columns`` rows over ``space`` will be held whole on every rank."""
-        if space.placement != "sliced" or self.placement == "sharded":
-            return False
-        if self.placement == "replicated":
-            return True
-        itemsize = torch.empty((), dtype=self.dtype or space.dtype).element_size()
-        return columns * space.size * itemsize <= self.budget(space.device)
-
-    def budget(self, device: torch.device) -> float:
-        """Bytes of basis a rank may hold before ``auto`` shards it."""
-        if self.budget_bytes is not None:
-            return self.budget_bytes
-        if device.type == "cuda":
-            return BUDGET_SHARE * torch.cuda.get_device_properties(device).total_memory
-        import psutil
-
-        return BUDGET_SHARE * psutil.virtual_memory().total

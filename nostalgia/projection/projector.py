@@ -136,7 +136,7 @@ class GradientProjector:
         assert basis is not None
         return basis
 
-    def _take(self, tensors: list) -> Tensor:
+    def _take(self, tensors: list[Tensor]) -> Tensor:
         """A fresh flat copy (P_local,) of what this rank holds of ``tensors``."""
         return self._space.take(tensors)
 

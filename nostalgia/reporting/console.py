@@ -73,6 +73,7 @@ class RunInfo:
     suite: str | None = None
     basis_columns: int = 0  # at most, over the run
     basis_bytes: int = 0
+    basis_placement: str = ""  # replicated or sharded, and why
 
 
 def start_panel(info: RunInfo) -> Panel:
@@ -87,6 +88,8 @@ def start_panel(info: RunInfo) -> Panel:
     if info.basis_columns:
         size = f"at most {info.basis_columns} x {count(info.projected_parameters)}"
         grid.add_row("basis", f"{size}: {num_bytes(info.basis_bytes)} per rank")
+        if info.basis_placement:
+            grid.add_row("", info.basis_placement)
     grid.add_row("epochs", _epochs_text(info.epochs))
     grid.add_row("folder", Text(str(info.run_dir), overflow="fold"))
     outer = Table.grid(expand=False)
@@ -96,9 +99,7 @@ def start_panel(info: RunInfo) -> Panel:
     return Panel(outer, title=title, title_align="left", expand=False, box=box.ROUNDED)
 
 
-def print_config(
-    console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None
-) -> None:
+def print_config(console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None) -> None:
     """The composed configuration; folded to the path of its file where ``quiet``."""
     where = f" ({path})" if path else ""
     if quiet:
@@ -155,8 +156,9 @@ def print_final(console: Console, results: RunResults, paths: Mapping[str, Path]
         console.print()
     console.print(metrics_table(results.metrics()))
     console.print()
+    width = max((len(name) for name in paths or {}), default=0)
     for name, path in (paths or {}).items():
-        console.print(f"{name:<9} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:<{width}}  {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def matrix_tables(tasks: Sequence[str], matrix: transfer.Matrix, width: int = 80) -> list[Table]:

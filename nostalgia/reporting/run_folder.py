@@ -16,6 +16,9 @@ from nostalgia.reporting.csv_log import Record, read_log
 from nostalgia.reporting.files import read_json, read_text
 from nostalgia.reporting.results import MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
 
+FORGETTING = "forgetting_prediction.json"
+FORGETTING_NUMBERS = ("measured", "predicted", "linear", "inside", "outside", "bound", "displacement")
+
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -40,13 +43,14 @@ class RunFolder:
 
     path: Path
     tasks: list[str] = field(default_factory=list)
-    matrix: list[list[float | None]] = field(
-        default_factory=list
-    )  # (T, T), rows of unfinished tasks all None
+    matrix: list[list[float | None]] = field(default_factory=list)  # (T, T), rows of unfinished tasks all None
     results: RunResults | None = None
     metrics: list[Record] = field(default_factory=list)
     memory: list[Record] = field(default_factory=list)
     curvature: list[TaskCurvature] = field(default_factory=list)
+    forgetting: dict[str, list[Record]] = field(
+        default_factory=lambda: {"tasks": [], "rows": []}
+    )  # results/forgetting_prediction.json
     config: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # name of the file -> why it could not be read
 
@@ -78,6 +82,9 @@ def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = 
         if found is not None:
             run.curvature.append(found)
     _read_matrix(run)
+    prediction = path / "results" / FORGETTING
+    if prediction.exists():
+        run.forgetting = _attempt(run, prediction, read_forgetting, run.forgetting)
     return run
 
 
@@ -96,13 +103,23 @@ def read_curvature(file: Path) -> TaskCurvature:
         task=data["task"] if isinstance(data.get("task"), str) else f"task{index}",
         eigenvalues=values,
         residuals=data["residuals"] if _numbers(data.get("residuals"), len(values)) else [],
-        converged=converged
-        if isinstance(converged, list) and len(converged) == len(values)
-        else [True] * len(values),
+        converged=converged if isinstance(converged, list) and len(converged) == len(values) else [True] * len(values),
         memory_eigenvalues=data["memory_eigenvalues"] if _numbers(data.get("memory_eigenvalues")) else [],
         principal_angles=named,
         raw=data,
     )
+
+
+def read_forgetting(file: Path) -> dict[str, list[Record]]:
+    """``tasks`` and ``rows`` of results/forgetting_prediction.json; NotFoundError where it is damaged."""
+    data = read_json(file)
+    found: dict[str, list[Record]] = {}
+    for part, numbers in (("tasks", ()), ("rows", FORGETTING_NUMBERS)):
+        items = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(items, list) or not all(_is_record(item, ("task",), numbers) for item in items):
+            raise NotFoundError(f"{file}: {part} must be a list with task, {', '.join(numbers)} in each item")
+        found[part] = items
+    return found
 
 
 def matrix_from_metrics(metrics: list[Record]) -> tuple[list[str], list[list[float | None]]]:
@@ -162,13 +179,17 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def _is_record(item: Any, words: tuple[str, ...], numbers: tuple[str, ...]) -> bool:
+    return (
+        isinstance(item, dict)
+        and all(isinstance(item.get(word), str) for word in words)
+        and _numbers([item.get(number) for number in numbers], len(numbers) or None) is bool(numbers)
+    )
+
+
 def _numbers(values: Any, length: int | None = None) -> bool:
     """Whether ``values`` is a list (of ``length``, else not empty) of numbers."""
-    if (
-        not isinstance(values, list)
-        or len(values) != (len(values) if length is None else length)
-        or not values
-    ):
+    if not isinstance(values, list) or len(values) != (len(values) if length is None else length) or not values:
         return False
     return all(isinstance(value, (int, float)) for value in values)
 

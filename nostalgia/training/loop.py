@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -130,7 +130,9 @@ class Training:
             if phase.after_step is not None:
                 phase.after_step(True)
         phase.observer.phase_finished(self.wrapped)
-        trained = bare_module(self.wrapped)
+        trained = cast(TaskModel, bare_module(self.wrapped))
+        # A gradient left behind would count in the norm that a later phase clips by, where the backbone is frozen.
+        trained.zero_grad(set_to_none=True)
         phase.accelerator.free_memory()
         return trained
 
@@ -200,7 +202,7 @@ class Training:
         except RunFailedError as error:
             raise RunFailedError(f"{phase.where}, {error}") from None
         self.taken, self.step = self.taken + 1, self.step + 1
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         if not result.skipped:
             self.scheduler.step()
         self._images += result.num_samples
@@ -273,11 +275,11 @@ def make_scheduler(
 
 def projected_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The parameters of the wrapped model's backbone called ``names``, as they are trained (plain or DTensor)."""
-    available = dict(inner_module(wrapped).backbone.named_parameters())
+    available = dict(cast(TaskModel, inner_module(wrapped)).backbone.named_parameters())
     return {name: available[name] for name in names}
 
 
 def set_training_mode(wrapped: nn.Module, frozen_backbone: bool) -> None:
     wrapped.train()
     if frozen_backbone:
-        inner_module(wrapped).backbone.eval()
+        cast(TaskModel, inner_module(wrapped)).backbone.eval()

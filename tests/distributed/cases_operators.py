@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nostalgia.curvature import GGNOperator, HessianOperator
+from nostalgia.curvature.forgetting import ForgettingPrediction
+from nostalgia.curvature.shares import parameter_shares
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.lanczos import lanczos
 from nostalgia.parallel.modules import bare_module, reshard
@@ -41,7 +43,11 @@ def check_all() -> dict[str, Any]:
     check_failures()
     check_sharded_gradients_leave_the_model_alone()
     check_bare_modules()
-    return {"products": check_products(), "eigenpairs": check_eigenpairs()}
+    return {
+        "products": check_products(),
+        "eigenpairs": check_eigenpairs(),
+        "forgetting": check_forgetting(),
+    }
 
 
 def share(kind: str, data: Batch) -> list[Batch]:
@@ -126,6 +132,26 @@ def check_eigenpairs() -> dict[str, list[float]]:
         pairs = lanczos(operator, 4, tol=1e-9, true_residuals=True)
         assert bool(pairs.converged.all())
         found[wrap] = [float((pairs.eigenvalues - expected).abs().max()), float(pairs.residuals.max())]
+    return found
+
+
+def check_forgetting() -> dict[str, dict[str, Any]]:
+    """The terms of a prediction, and the shares of the parameters, on every placement: the same numbers."""
+    (data,) = batches("mlp", (SAMPLES,))
+    found = {}
+    for wrap in ("ddp", "fsdp2"):
+        operator = HessianOperator(wrapped(mlp(), wrap), loss_fn, share("mlp", data))
+        space = operator.space
+        pairs = lanczos(operator, 4, tol=1e-9)
+        prediction = ForgettingPrediction(space, {"one": pairs.eigenvectors}, trace_samples=4)
+        prediction.finish("one", operator, pairs)
+        moved = space.take(p.detach() for p in operator.parameters.values()) + 0.1 * space.randn(7)
+        (row,) = prediction.measure("two", moved, lambda _: 3.0)
+        numbers = {name: value for name, value in vars(row).items() if isinstance(value, float)}
+        expansion = prediction.expansions["one"]
+        shares = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, space)
+        assert all(t.shape == (space.local_size,) for t in prediction.tensors().values())
+        found[wrap] = {**numbers, "rest": expansion.rest, "gradient": expansion.gradient_norm, "first": shares[0]}
     return found
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
+from nostalgia.curvature import HessianOperator
+from nostalgia.curvature.forgetting import ForgettingPrediction
+from nostalgia.curvature.shares import parameter_shares
+from nostalgia.linalg.lanczos import lanczos
 from tests.distributed.harness import run_ranks
+from tests.unit.curvature.networks import batches, loss_fn, mlp
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -26,3 +33,24 @@ def test_eigenpairs_equal_the_dense_ones(outcome):
             assert difference <= 1e-8
             assert residual <= 1e-8
         assert result["eigenpairs"] == outcome[0]["eigenpairs"]
+
+
+def test_predicted_forgetting_is_that_of_one_process(outcome):
+    expected = run_here()
+    for result in outcome:
+        for wrap, numbers in result["forgetting"].items():
+            assert numbers == pytest.approx(expected, rel=1e-7), wrap
+
+
+@functools.cache
+def run_here() -> dict[str, float]:
+    """The same in this process, on vectors that are not spread at all."""
+    operator = HessianOperator(mlp(), loss_fn, batches("mlp", (11,)))
+    pairs = lanczos(operator, 4, tol=1e-9)
+    prediction = ForgettingPrediction(operator.space, {"one": pairs.eigenvectors}, trace_samples=4)
+    expansion = prediction.finish("one", operator, pairs)
+    theta = operator.space.take(p.detach() for p in operator.parameters.values())
+    (row,) = prediction.measure("two", theta + 0.1 * operator.space.randn(7), lambda _: 3.0)
+    numbers = {name: value for name, value in vars(row).items() if isinstance(value, float)}
+    first = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, operator.space)[0]
+    return {**numbers, "rest": expansion.rest, "gradient": expansion.gradient_norm, "first": first}

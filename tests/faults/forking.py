@@ -21,7 +21,7 @@ SMALL = (
     "--suite", "demo", "--quiet", "train.epochs=2", "train.head_warmup_epochs=1", "train.max_steps_per_epoch=4",
     "nostalgia.top_k=4", "nostalgia.num_samples=32", "nostalgia.tol=0.1", "train.log_every_n_steps=1",
     "train.checkpoint_every_steps=3", "nostalgia.checkpoint_every_n_products=5", "train.max_eval_batches=2",
-    "+model.config.hidden_dropout_prob=0.1", "logger.tensorboard=false",
+    "model.config.hidden_dropout_prob=0.1", "logger.tensorboard=false",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     assert last is not None
     assert last.manifest["kind"] == "end_of_task"
     tensors = {k: v for k, v in last.tensors().items() if not k.startswith("ranks/")}
-    memory = read_tensors(folder / last.state()["memory"]["file"])["basis"]
+    memory = read_tensors(folder / last.state()["curvature"]["memory"]["file"])["basis"]
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     for row in rows:
         row.pop("images_per_s")
@@ -125,7 +125,7 @@ def preload() -> None:
     import peft  # noqa: F401
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot
     import sklearn.datasets  # noqa: F401
     import transformers
 

@@ -55,7 +55,8 @@ def test_a_run_leaves_its_files(runs: dict[int, Path]) -> None:
     assert found["fwt"] is not None
     for name in ("config.yaml", "metrics.csv", "memory.csv", "tensorboard", "curvature/task1.json",
                  "curvature/task3.safetensors", "results/per_task_acc.json", "results/accuracy_matrix.csv",
-                 "results/figures/accuracy_matrix.png", "results/figures/spectrum.png"):  # fmt: skip
+                 "results/figures/accuracy_matrix.png", "results/figures/spectrum.png", "results/report.html",
+                 "results/figures/importance.png", "results/figures/forgetting_prediction.png"):  # fmt: skip
         assert (folder / name).exists(), name
 
 
@@ -73,6 +74,22 @@ def test_two_processes_are_one(runs: dict[int, Path]) -> None:
     for one, two in zip(*(results(f)["accuracy_matrix"] for f in runs.values()), strict=True):
         for a, b, size in zip(one, two, sizes, strict=True):
             assert a is None or abs(a - b) * size <= 2.01
+
+
+def test_forgetting_is_predicted_and_the_same_on_two_processes(runs: dict[int, Path]) -> None:
+    one, two = (
+        json.loads((f / "runs/latest/results/forgetting_prediction.json").read_text())["rows"] for f in runs.values()
+    )
+    pairs = [(row["task"], row["after"]) for row in one]
+    assert pairs == [
+        ("task1_digits", "task2_digits"),
+        ("task1_digits", "task3_digits"),
+        ("task2_digits", "task3_digits"),
+    ]
+    for a, b in zip(one, two, strict=True):
+        assert a["predicted"] == pytest.approx(a["linear"] + a["inside"] + a["outside"])
+        assert a["inside"] <= 1e-6 * a["bound"]  # the steps were projected
+        assert (a["measured"], a["predicted"]) == pytest.approx((b["measured"], b["predicted"]), abs=5e-3)
 
 
 def test_leak_is_rounding(runs: dict[int, Path]) -> None:

@@ -154,3 +154,16 @@ def test_keys_of_the_users_own_need_no_plus() -> None:
     config = parse(["dataset=mine", "dataset.entries.mine.path=/x", "model.config.image_mean=[0.5,0.5,0.5]"]).config
     assert config.dataset.entries == {"mine": {"path": "/x"}}
     assert config.model.config["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("key", ["retain_graph", "predict_forgetting"])
+def test_switches_are_understood_unquoted(key: str) -> None:
+    for word in ("true", "false", "auto"):
+        assert getattr(parse([f"nostalgia.{key}={word}"]).config.nostalgia, key) == word
+    with pytest.raises(UsageError, match=f"nostalgia.{key}=maybe: allowed are auto, true, false"):
+        parse([f"nostalgia.{key}=maybe"])
+
+
+def test_joint_training_has_no_forgetting_to_predict() -> None:
+    with pytest.raises(UsageError, match=r"predict_forgetting=true with method=joint.*use auto or false"):
+        parse(["method=joint", "nostalgia.predict_forgetting=true"])

@@ -1,0 +1,214 @@
+"""Predicted forgetting: the method's own theory, to be held against the loss that a run really loses.
+
+With a the parameters a task ended with, g and H its gradient and curvature there, d = theta - a the displacement since,
+q_i and lambda_i the k eigenpairs that were found, d_out the part of d outside their span, and P parameters:
+
+    increase ~ g.d + 1/2 sum_i lambda_i (q_i.d)^2 + 1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2
+
+The last term takes the rest of the spectrum as equal in all directions; whatever that spectrum is, the rest cannot add
+more than 1/2 lambda_k |d_out|^2, the *bound*. A step that the method has projected has q_i.d = 0: only g.d and the rest
+are left. All of it is second order around a: far from it the numbers say how far the theory carries, not more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nostalgia.curvature.base import BatchedOperator
+from nostalgia.curvature.trace import trace_outside
+from nostalgia.errors import RunFailedError
+from nostalgia.linalg.lanczos import Eigenpairs
+from nostalgia.linalg.vector_space import VectorSpace
+
+DEFINITIONS = {
+    "measured": "mean loss on the task's curvature samples now, minus that at the end of the task",
+    "predicted": "linear + inside + outside",
+    "linear": "g.d, with d the displacement of the projected parameters since the end of the task",
+    "inside": "1/2 sum_i lambda_i (q_i.d)^2 over the task's converged eigenpairs",
+    "outside": "1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2, with d_out the part of d outside their span",
+    "bound": "1/2 lambda_k |d_out|^2: the most the outside can add while second order holds",
+}
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What is known of a finished task's loss around the parameters it ended with."""
+
+    task: str
+    loss: float  # mean, over its curvature set
+    eigenvalues: list[float]  # (k,) of the pairs that converged
+    kept: list[int]  # (k,) their rows in the task's basis
+    rest: float  # trace of the curvature outside their span
+    rest_error: float | None  # its standard error; None for one probe
+    gradient_norm: float
+
+    @property
+    def trace(self) -> float:
+        return sum(self.eigenvalues) + self.rest
+
+    @property
+    def smallest(self) -> float:
+        """Largest curvature the directions outside can have: lambda_k, not below zero."""
+        return max(min(self.eigenvalues, default=0.0), 0.0)
+
+
+@dataclass(frozen=True)
+class ForgettingRow:
+    """One finished task after a later one; losses in nats a sample, the terms as in `DEFINITIONS`."""
+
+    task: str
+    after: str
+    measured: float
+    predicted: float
+    linear: float
+    inside: float
+    outside: float
+    bound: float
+    displacement: float  # |d|
+    displacement_outside: float  # |d_out|
+
+
+class ForgettingPrediction:
+    """Keeps an expansion of each finished task's loss, and holds it against what later tasks did to it.
+
+    ``bases`` maps tasks to their eigenvectors (k, P_local), shared with the caller: they are not copied, and must be
+    there for each task given to `finish`. Of each task two vectors (P_local,) more are kept. All ranks call every
+    method together; numbers are the same on all of them.
+    """
+
+    def __init__(
+        self, space: VectorSpace, bases: Mapping[str, Tensor], *, trace_samples: int = 8, seed: int = 0
+    ) -> None:
+        self.space, self.bases = space, bases
+        self.trace_samples, self.seed = trace_samples, seed
+        self.expansions: dict[str, Expansion] = {}
+        self.rows: list[ForgettingRow] = []
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}  # task -> parameters, gradient (P_local,) each
+
+    @torch.no_grad()
+    def finish(self, task: str, operator: BatchedOperator, pairs: Eigenpairs, loss: float | None = None) -> Expansion:
+        """Expand the loss of a task that ended at the operator's parameters: a gradient and ``trace_samples`` products.
+
+        ``loss`` is the mean loss there (default the operator's own): give what `measure` will compare it with.
+        """
+        kept = pairs.converged.cpu().nonzero().flatten()
+        gradient = operator.gradient()
+        rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
+        if not math.isfinite(rest):
+            raise RunFailedError(f"{task}: the trace of the curvature is {rest}; try nostalgia.precision=float64")
+        expansion = Expansion(
+            task=task,
+            loss=operator.loss() if loss is None else loss,
+            eigenvalues=pairs.eigenvalues.cpu()[kept].tolist(),
+            kept=kept.tolist(),
+            rest=rest,
+            rest_error=error,
+            gradient_norm=float(self.space.norm(gradient)),
+        )
+        self._vectors[task] = (self.space.take(p.detach() for p in operator.parameters.values()), gradient)
+        self.expansions[task] = expansion
+        return expansion
+
+    @torch.no_grad()
+    def measure(self, after: str, theta: Tensor, loss_of: Callable[[str], float]) -> list[ForgettingRow]:
+        """A row for each task finished before ``after``, at the parameters theta (P_local,) it ended with.
+
+        ``loss_of`` gives a task's mean loss over its curvature set at those parameters.
+        """
+        earlier = [task for task in self.expansions if task != after]
+        rows = [self.predict(task, after, theta, loss_of(task)) for task in earlier]
+        self.rows = [row for row in self.rows if row.after != after] + rows
+        return rows
+
+    @torch.no_grad()
+    def predict(self, task: str, after: str, theta: Tensor, loss: float) -> ForgettingRow:
+        """The row of one finished task at theta (P_local,), where its mean loss is ``loss``: one small all-reduce."""
+        expansion = self.expansions[task]
+        anchor, gradient = self._vectors[task]
+        d = theta - anchor
+        products = self.space.gram(torch.stack([d, gradient]), d[None], exact=True)[:, 0].cpu()
+        coefficients = self.space.gram(self.bases[task], d[None], exact=True)[:, 0].cpu()[expansion.kept]
+        squares = coefficients.square()
+        outside_squared = max(float(products[0] - squares.sum()), 0.0)
+        rest = self.space.size - len(expansion.kept)
+        inside = 0.5 * float(torch.tensor(expansion.eigenvalues, dtype=torch.float64) @ squares)
+        outside = 0.5 * expansion.rest / rest * outside_squared if rest else 0.0
+        linear = float(products[1])
+        return ForgettingRow(
+            task=task,
+            after=after,
+            measured=loss - expansion.loss,
+            predicted=linear + inside + outside,
+            linear=linear,
+            inside=inside,
+            outside=outside,
+            bound=0.5 * expansion.smallest * outside_squared,
+            displacement=float(products[0].clamp_min(0.0).sqrt()),
+            displacement_outside=outside_squared**0.5,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """All that was found, for results/forgetting_prediction.json."""
+        return {
+            "definitions": DEFINITIONS,
+            "parameters": self.space.size,
+            "trace_samples": self.trace_samples,
+            "tasks": [
+                {
+                    "task": e.task,
+                    "loss": e.loss,
+                    "gradient_norm": e.gradient_norm,
+                    "eigenpairs": len(e.kept),
+                    "eigenvalue_k": min(e.eigenvalues, default=None),
+                    "trace": e.trace,
+                    "trace_error": e.rest_error,
+                    "trace_outside": e.rest,
+                }
+                for e in self.expansions.values()
+            ],
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    # -- to stop and go on -----------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's vectors (P_local,) by name; the eigenvectors are the caller's."""
+        named = {}
+        for number, task in enumerate(self.expansions, start=1):
+            named[f"task{number}.parameters"], named[f"task{number}.gradient"] = self._vectors[task]
+        return named
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is no tensor, as JSON takes it."""
+        return {
+            "trace_samples": self.trace_samples,
+            "seed": self.seed,
+            "expansions": [asdict(e) for e in self.expansions.values()],
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    @classmethod
+    def restore(
+        cls, space: VectorSpace, bases: Mapping[str, Tensor], tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> ForgettingPrediction:
+        """What `tensors` and `state` were taken from; the vectors are this rank's part in ``space``."""
+        restored = cls(space, bases, trace_samples=state["trace_samples"], seed=state["seed"])
+        expansions = [Expansion(**_known(Expansion, item)) for item in state["expansions"]]
+        restored.expansions = {e.task: e for e in expansions}
+        restored.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
+        for number, expansion in enumerate(expansions, start=1):
+            own: Sequence[Tensor] = [tensors[f"task{number}.{name}"] for name in ("parameters", "gradient")]
+            parameters, gradient = (t.to(device=space.device, dtype=space.dtype) for t in own)
+            restored._vectors[expansion.task] = (parameters, gradient)
+        return restored
+
+
+def _known(kind: Any, item: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in ``item``: a newer version may have written more."""
+    return {f.name: item[f.name] for f in fields(kind)}

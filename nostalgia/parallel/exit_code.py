@@ -1,0 +1,41 @@
+"""How a process ends, so that its exit code gets past the launcher. Imports nothing heavy: a refusal is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+
+def already_ended() -> bool:
+    """Whether this is a restart after an attempt that left a code which a restart would not change.
+
+    75 is not one: a process that was told to stop because another died leaves it, and the restart goes on from there.
+    """
+    path = os.environ.get("NOSTALGIA_EXIT_FILE")
+    if not path or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not os.path.isfile(path):
+        return False
+    with open(path) as file:
+        code = file.read().strip()
+    if code == "75" and os.environ.get("LOCAL_RANK", "0") == "0":
+        open(path, "w").close()
+    return code not in ("", "75")
+
+
+def leave(exit_code: int, *, stuck: bool = False) -> None:
+    """End this process at once with ``exit_code``, whatever its other threads wait for.
+
+    Launchers turn any failure of a worker into 1, and restart it: where a launch script has named a file in
+    ``NOSTALGIA_EXIT_FILE``, codes that a restart would not change are left there and the process ends with 0. With
+    ``stuck`` it ends with the code all the same, or the launcher would wait for the rank that is stuck; a restart that
+    follows finds the file (`already_ended`).
+    """
+    path = os.environ.get("NOSTALGIA_EXIT_FILE")
+    if path and exit_code in (2, 3, 4, 75):
+        with open(path, "w") as file:
+            file.write(str(exit_code))
+        exit_code = exit_code if stuck else 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by its reader: nothing could be shown any more
+            stream.flush()
+    os._exit(exit_code)

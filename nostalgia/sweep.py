@@ -1,0 +1,177 @@
+"""Runs methods x seeds of one suite, whatever of them is missing, and puts them side by side.
+
+python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2 [KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from omegaconf import OmegaConf
+
+from nostalgia.config import Config, parse
+from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.reporting.results import read_results
+from nostalgia.reporting.streams import make_console
+from nostalgia.sweep_runner import Job, run_jobs
+
+EXAMPLES = """examples:
+  python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2
+  python -m nostalgia.sweep --suite demo --seeds 0 nostalgia.top_k=128 experiment.output_dir=runs/k128
+  NPROC=1 python -m nostalgia.sweep --suite demo --methods finetune --seeds 0,1,2,3 --parallel 2
+
+All other words are those of nostalgia.train. A run's folder is <experiment.output_dir>/<method>/seed<seed>, and
+its output is in seed<seed>.log beside it. What is complete is skipped and what was interrupted goes on, so the
+same line can be given again. Each run is started as by launch/ddp.sh: NPROC processes, or one a GPU. Exit codes:
+0 all runs are complete, 2 wrong usage, 4 some failed, 75 interrupted.
+"""
+OURS = ("--run-dir", "--resume", "method", "method.name", "experiment.seed")  # words the sweep chooses itself
+# What may differ between a finished run and the one that is asked for: nothing of it changes the numbers.
+FREE = (
+    "logger.", "experiment.output_dir", "experiment.name", "dataset.root", "dataset.num_workers", "dataset.download",
+    "train.log_every_n_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    parallel: int
+    dry_run: bool
+    words: tuple[str, ...]  # for nostalgia.train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = read_options(sys.argv[1:] if arguments is None else list(arguments))
+        return sweep(options)
+    except NostalgiaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def sweep(options: Options) -> int:
+    """Run what is missing and print the comparison of what is complete; returns the exit code."""
+    console = make_console()
+    jobs = plan(options)
+    missing = [job for job in jobs if not job.complete]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} complete already", highlight=False)
+    if options.dry_run:
+        for job in jobs:
+            state = "complete" if job.complete else "to go on" if (job.folder / "config.yaml").exists() else "to run"
+            console.print(f"{job.name:<24} {state:<9} {job.folder}", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    outcomes = run_jobs(missing, options.parallel, console)
+    done = [job.folder for job in jobs if job.complete or outcomes[job.name].code == 0]
+    if done:
+        show(done, console)
+    failed = [outcome for outcome in outcomes.values() if outcome.code not in (0, 75)]
+    stopped = [outcome for outcome in outcomes.values() if outcome.code == 75]
+    for outcome in failed:
+        print(f"error: {outcome.line()}", file=sys.stderr)
+    if stopped:
+        print(f"interrupted: {len(stopped)} of {len(jobs)} runs are left; give the same line again", file=sys.stderr)
+    return 4 if failed else 75 if stopped else 0
+
+
+def plan(options: Options) -> list[Job]:
+    """A job for each method and seed, the words checked; raises UsageError where a finished run had other settings."""
+    jobs = []
+    for seed in options.seeds:
+        for method in options.methods:
+            key = "method.name" if ":" in method else "method"  # a class of the user's, or a file of configs/method
+            words = [*options.words, "--quiet", f"{key}={method}", f"experiment.seed={seed}"]
+            config = parse(words).config
+            folder = Path(config.experiment.output_dir).expanduser() / method.split(":")[-1] / f"seed{seed}"
+            jobs.append(Job(f"{method} seed {seed}", folder, tuple(words), is_complete(folder, config)))
+    return jobs
+
+
+def is_complete(folder: Path, config: Config) -> bool:
+    """Whether ``folder`` holds the results of ``config``; raises UsageError where they are of another one."""
+    try:
+        read_results(folder / "results")
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+    except (NotFoundError, OSError, yaml.YAMLError):
+        return False
+    changed = differences(saved if isinstance(saved, dict) else {}, config)
+    if changed:
+        raise UsageError(
+            f"{folder}: holds a finished run of other settings ({'; '.join(changed[:3])}); name another "
+            "experiment.output_dir, or remove it"
+        )
+    return True
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """What differs between a saved configuration and ``config`` and matters, a text each."""
+    asked = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    had = _flat(saved)
+    keys = [key for key in sorted(asked | had) if not key.startswith(FREE)]
+    return [f"{key} was {had.get(key)}, is {asked.get(key)}" for key in keys if had.get(key) != asked.get(key)]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {k: v for key in values for k, v in _flat(values[key], f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def show(folders: Sequence[Path], console: Any) -> None:
+    """The table of methods, mean and standard deviation over seeds."""
+    from nostalgia.reporting.compare import compare
+
+    console.print()
+    compare(folders, console)
+
+
+def read_options(arguments: list[str]) -> Options:
+    """Split the sweep's own options from the words of nostalgia.train; raises UsageError."""
+    flags, words = _parser().parse_known_args(arguments)
+    for word in words:
+        if word.split("=")[0] in OURS:
+            raise UsageError(f"{word.split('=')[0]}: the sweep chooses it; use --methods and --seeds")
+    methods = [name for name in flags.methods.split(",") if name]
+    try:
+        seeds = [int(seed) for seed in flags.seeds.split(",") if seed]
+    except ValueError:
+        raise UsageError(f"--seeds {flags.seeds}: whole numbers separated by commas, such as 0,1,2") from None
+    for name, values in (("--methods", methods), ("--seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{name} {getattr(flags, name[2:])}: name at least one, and each once")
+    if flags.parallel < 1:
+        raise UsageError(f"--parallel {flags.parallel}: allowed is 1 or more")
+    return Options(tuple(methods), tuple(seeds), flags.parallel, flags.dry_run, tuple(words))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"command line: {message}; --help shows examples")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="nostalgia.sweep",
+        usage="python -m nostalgia.sweep --suite NAME --methods A,B --seeds 0,1 [options] [KEY=VALUE ...]",
+        description="Run methods x seeds of one suite and put them side by side.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", default="nostalgia,finetune,joint", metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: %(default)s")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; GPUs are shared out")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their folders; run nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

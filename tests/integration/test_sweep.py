@@ -1,0 +1,113 @@
+"""The sweep's command line: what it runs, skips and refuses; the runs themselves are stood in for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nostalgia.sweep_runner import gpu_slots
+from tests.distributed.harness import ROOT, cpu_environment
+from tests.integration.stubs import torchrun
+
+
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    stub = torchrun(folder)
+    # The stand-in for torchrun comes first on PATH, then the `python` of this interpreter.
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    out = f"experiment.output_dir={folder / 'runs'}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "nostalgia.sweep", "--suite", "demo", "train.accelerator=cpu", out, *words],
+        cwd=ROOT, env={**cpu_environment(), **stub, "PATH": path, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def sweep(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+    process = start(folder, *words, **environment)
+    output, errors = process.communicate(timeout=100)
+    return process.returncode, output, errors
+
+
+def ran(folder: Path) -> list[str]:
+    """What was run since last asked."""
+    log = folder / "ran"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
+
+
+WORDS = ("--methods", "nostalgia,finetune", "--seeds", "0,1")
+
+
+def test_a_sweep_goes_on_after_a_failure_and_then_runs_what_is_missing(tmp_path: Path) -> None:
+    code, output, errors = sweep(tmp_path, *WORDS, STUB_finetune_0="fail")
+    assert code == 4
+    assert ran(tmp_path) == ["nostalgia 0", "finetune 0", "nostalgia 1", "finetune 1"]
+    log = tmp_path / "runs" / "finetune" / "seed0.log"
+    line = f"finetune seed 0 failed with exit code 4: task1_digits, epoch 3, step 7: the loss is not finite ({log})"
+    assert errors.splitlines() == [f"error: {line}"]
+    assert "0.550" in output  # nostalgia's mean over both seeds
+    assert "±0.071" in output
+    for seed in (0, 1):
+        assert (tmp_path / "runs" / "nostalgia" / f"seed{seed}" / "results" / "results.json").exists()
+
+    code, output, errors = sweep(tmp_path, *WORDS)
+    assert (code, errors) == (0, "")
+    assert ran(tmp_path) == ["finetune 0"]
+    assert "4 runs, 3 complete already" in output
+
+    code, output, errors = sweep(tmp_path, *WORDS, "train.epochs=3")
+    assert code == 2
+    assert "holds a finished run of other settings (train.epochs was 15, is 3)" in errors
+    code, output, errors = sweep(tmp_path, *WORDS, "--dry-run", "logger.tensorboard=false")
+    assert code == 0
+    assert output.count("complete ") == 5
+    assert ran(tmp_path) == []
+
+
+def test_a_signal_ends_a_sweep_with_checkpoints(tmp_path: Path) -> None:
+    """Two runs at a time; the third is not started any more."""
+    words = ("--methods", "nostalgia", "--seeds", "0,1,2", "--parallel", "2")
+    process = start(tmp_path, *words, STUB_nostalgia_0="wait", STUB_nostalgia_1="wait")
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "ran").exists() and len((tmp_path / "ran").read_text().splitlines()) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)  # until both listen
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == "interrupted: 3 of 3 runs are left; give the same line again"
+    assert sorted(ran(tmp_path)) == ["nostalgia 0", "nostalgia 1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0,x"], "--seeds 0,x"),
+        (["--seeds", "1,1"], "each once"),
+        (["--methods", "nostlgia"], "did you mean nostalgia"),
+        (["method=joint"], "use --methods"),
+        (["--run-dir", "x"], "the sweep chooses it"),
+        (["train.epoch=3"], "did you mean train.epochs"),
+    ],
+)
+def test_wrong_usage_runs_nothing(tmp_path: Path, words: list[str], message: str) -> None:
+    code, _, errors = sweep(tmp_path, *words)
+    assert code == 2
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert ran(tmp_path) == []
+
+
+def test_gpus_are_shared_out() -> None:
+    one, two = gpu_slots(2, {}, ["0", "1", "2", "3", "4"])
+    assert (one, two) == ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    assert gpu_slots(3, {}, ["0"]) == [{}, {}, {}]
+    assert gpu_slots(1, {}, ["0", "1"]) == [{}]
