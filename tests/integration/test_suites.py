@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nostalgia.config import parse
-from nostalgia.models import build_backbone
+from nostalgia.models import build_backbone, load_heads
 from nostalgia.models.export import _save_backbone
 from tests.distributed.harness import ROOT, cpu_environment, launch_command
 from tests.integration.suite_data import LAYOUTS
@@ -132,17 +132,43 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     plan.train("finegrained", "hub", "vit", *REAL, "train.max_steps_per_epoch=3", "train.max_eval_batches=2")
     plan.evaluate()
     plan.train("robustness", "folders", "deit_base_distilled", "--debug")
-    plan.run(1, timeout=240)
-    (resnet, vit, _) = plan.runs
+    measured = tmp_path / "folder.json"
+    plan.evaluate("--data", str(data("folders", "robustness") / "imagenet-a"), "--task", "3", "--output", str(measured))
+    plan.run(1, timeout=280)
+    (resnet, vit, deit) = plan.runs
+    results = json.loads((deit / "results" / "results.json").read_text())
+    (folder,) = json.loads(measured.read_text())["tasks"]
+    assert (folder["task"], folder["accuracy"]) == ("task3_imagenet-a", results["accuracy_matrix"][2][2])
+    assert len(folder["classes"]) == 200
     assert (vit / "export" / "adapters" / "adapter_config.json").is_file()
     assert (resnet / "export" / "norm_statistics.safetensors").is_file()
+
+
+def test_a_head_that_goes_on(tmp_path: Path) -> None:
+    """One head for two tasks, in turn, taken up again from the checkpoint, and jointly; measured from the export."""
+    plan = Plan(tmp_path, {}, lambda layout, suite: tmp_path)
+    entries = "[{dataset: digits, classes: [1, 2, 3]}, {dataset: digits, head: task1_digits}]"
+    words = ["--debug", "--suite", "demo", f"experiment.tasks={entries}", *SMALL]
+    for name, more in (("turn", []), ("joint", ["method=joint"])):
+        plan.lines.append(["train", [*words, *more, f"experiment.output_dir={tmp_path / name}"], None])
+        plan.lines.append(["evaluate", [str(tmp_path / name / "latest")], None])
+    plan.lines.insert(1, ["train", ["--resume", str(tmp_path / "turn" / "latest")], None])
+    plan.run(1, timeout=280)
+    for name in ("turn", "joint"):
+        run = tmp_path / name / "latest"
+        heads = load_heads(run / "export" / "heads.safetensors")
+        assert heads["task1_digits"].weight.shape[0] == 10
+        assert torch.equal(heads["task1_digits"].weight, heads["task2_digits"].weight)
+        assert json.loads((run / "results" / "evaluation.json").read_text())["same_as_run"] is True
+        results = json.loads((run / "results" / "results.json").read_text())
+        assert results["classes"] == [["1", "2", "3"], ["1", "2", "3", "0", *"456789"]]
 
 
 def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     plan = Plan(tmp_path, weights, data)
     plan.train("finegrained", "hub", "vit", "--debug")
     plan.evaluate()
-    plan.run(2, timeout=240)
+    plan.run(2, timeout=280)
 
 
 @pytest.mark.long
