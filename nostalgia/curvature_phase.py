@@ -11,12 +11,12 @@ from torch import nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.store import BLOCKS
+from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
 from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.data.stream import Batch, Prepared, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
-from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.models.backbones import projected_parameters
@@ -93,6 +93,8 @@ class CurvaturePhase:
         kept = saved["memory"]
         memory.tasks, self._memory_file = kept["tasks"], kept["file"]
         if self._memory_file:
+            if self._memory_file not in references:
+                raise ValueError("a memory's file that is not one of its own")
             values = torch.tensor(kept["eigenvalues"], dtype=torch.float64)
             memory.load(load_block(self.folder / self._memory_file, space), values, memory.tasks, space)
         if self.forgetting is not None and saved["forgetting"] is not None:
@@ -137,7 +139,9 @@ class CurvaturePhase:
             name: principal_angles(basis, pairs.eigenvectors, pairs.space).tolist()
             for name, basis in self.bases.items()  # one at a time in memory
         }
-        density = self._density(operator) if self.config.nostalgia.spectral_density else None
+        options, estimate = self.config.nostalgia, None
+        if options.spectral_density:
+            estimate = estimate_spectrum(operator, options.density_runs, options.density_steps)
         where_they_lie = directions(self.parts, pairs, self.forgetting, task.name)
         file = self.bases.file(task.index)
         self.references[self._name(file)] = save_block(file, pairs.eigenvectors, pairs.space)
@@ -170,7 +174,7 @@ class CurvaturePhase:
                 "memory_basis": memory.describe(),
                 "principal_angles": angles,
                 **where_they_lie,
-                **({"density": density} if density else {}),
+                **({} if estimate is None else estimate.to_json()),
             },
         )
 
@@ -192,21 +196,6 @@ class CurvaturePhase:
         self.references.pop(self._memory_file, None)
         self._memory_file = self._name(file)
         self.references[self._memory_file] = save_block(file, memory.basis, memory.space)
-
-    def _density(self, operator: BatchedOperator) -> dict[str, list[float]]:
-        """Density of the whole spectrum, by stochastic Lanczos quadrature (hessian-eigenthings, on our operator)."""
-        from hessian_eigenthings.algorithms.spectral_density import spectral_density
-
-        steps = min(40, operator.size)
-        result = spectral_density(
-            operator,
-            num_runs=4,
-            lanczos_steps=steps,
-            num_grid_points=1000,
-            seed=0,
-            backend=SpaceBackend(operator.space),
-        )
-        return {"grid": result.grid.tolist(), "density": result.density.tolist()}
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()

@@ -18,6 +18,7 @@ from nostalgia.checkpointing import Checkpointer
 from nostalgia.config import Request
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
+from nostalgia.dry_run import dry_run
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
 from nostalgia.exporting import EXPORT, export_run
@@ -34,6 +35,7 @@ from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.report import write_report
 from nostalgia.reporting.results import RunResults, write_results
 from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.run_log import RunLog
@@ -54,18 +56,19 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
     if config.train.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
+    if folder is None:
+        dry_run(request, accelerator, precision, run_info)
+        return None
     parts = build_parts(config, accelerator, precision)
     console = make_console(quiet=not accelerator.is_main_process)
     print_config(
         console,
         OmegaConf.to_container(OmegaConf.structured(config), resolve=True),  # type: ignore[arg-type]
         quiet=request.quiet,
-        path=None if folder is None else folder / "config.yaml",
+        path=folder / "config.yaml",
     )
-    info = run_info(parts, request, folder or Path(config.experiment.output_dir))
+    info = run_info(parts, request, folder)
     console.print(start_panel(info))
-    if folder is None:
-        return None
     with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
         experiment = Experiment(parts, folder, progress, resumed)
         results = experiment.run()
@@ -75,7 +78,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         experiment.log.figures(drawn.made)
         if config.experiment.export:
             paths[EXPORT] = export_run(folder, parts, results, request.argv)
-        print_final(console, results, {**paths, "figures": folder / "results" / "figures"})
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        print_final(console, results, paths)
         for name, why in drawn.skipped.items():
             console.print(f"figure {name} not drawn: {why}", highlight=False)
         if request.debug:
@@ -134,7 +138,13 @@ class Experiment:
             world_size=self.accelerator.num_processes,
             seconds=self._elapsed(),
             versions=versions(),
-            details={"model": self.config.model.name, "seconds_per_task": self.state.seconds},
+            details={
+                "model": self.config.model.name,
+                "seconds_per_task": self.state.seconds,
+                "device": device_name(self.accelerator),
+                "strategy": strategy(self.accelerator),
+                "precision": self.parts.precision,
+            },
         )
 
     # -- a round, stage by stage -----------------------------------------------------------------------------------
@@ -412,7 +422,6 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
     itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
     placement = memory.place(parts.space)
     local = parts.space.size if placement.replicated else parts.space.local_size
-    device = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
     return RunInfo(
         method=parts.method.name,
         seed=config.experiment.seed,
@@ -427,7 +436,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         projected_parameters=parts.space.size if projects else 0,
         projected=chosen if projects else "",
-        devices=f"{accelerator.num_processes} x {device}",
+        devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
         strategy=strategy(accelerator),
         precision=parts.precision,
         per_device_batch_size=config.dataset.batch_size,
@@ -442,3 +451,7 @@ def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
         basis_bytes=columns * local * itemsize if projects else 0,
         basis_placement=str(placement),
     )
+
+
+def device_name(accelerator: Accelerator) -> str:
+    return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)

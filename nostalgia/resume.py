@@ -61,7 +61,8 @@ def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed 
         resumed.values = _values.pop()
     resumed.state = from_main(accelerator, resumed.state)
     if resumed.state is not None:
-        _keep_global_batch(request.config, resumed.state, accelerator.num_processes)
+        with store.understood(resumed.source):
+            _keep_global_batch(request.config, resumed.state, accelerator.num_processes)
     return folder, resumed
 
 
@@ -92,17 +93,19 @@ def _open(request: Request) -> tuple[Path, Resumed | None]:
     for line in found.damaged:
         _say(f"passed over: {line}")
     state = found.state()
-    _compare(config, state["config"], request.resume_override)
+    with store.understood(found.folder):
+        _compare(config, state["config"], request.resume_override)
+        run = state["run"]
+        _say(f"resuming from {found.folder} (round {run['round']}, {run['stage']}, step {_steps(state)})")
+        resumed = Resumed(
+            run_dir=folder,
+            source=str(found.folder),
+            state=state,
+            references=found.manifest["references"],
+            log_position={str(name): int(size) for name, size in state["log"].items()},
+        )
     _save_config(config, folder)
-    run = state["run"]
-    _say(f"resuming from {found.folder} (round {run['round']}, {run['stage']}, step {_steps(state)})")
-    return folder, Resumed(
-        run_dir=folder,
-        source=str(found.folder),
-        state=state,
-        references=found.manifest["references"],
-        log_position=state["log"],
-    )
+    return folder, resumed
 
 
 def make_run_folder(config: Config, folder: Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -13,7 +14,7 @@ from torch import nn
 from nostalgia.checkpointing import Schedule
 from nostalgia.config.schema import Config
 from nostalgia.curvature.eigenspace import CurvatureOptions
-from nostalgia.data.sources import load_source
+from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import UsageError
@@ -80,22 +81,23 @@ def task_loader(
 
 def load_tasks(config: Config, accelerator: Accelerator) -> list[Task]:
     """The run's tasks with their data; rank 0 alone downloads, and first. A collective."""
-    experiment, dataset = config.experiment, config.dataset
+    download, seed = config.dataset.download, config.experiment.seed
+    return main_first(
+        accelerator,
+        lambda is_main: build_tasks(task_specs(config), source_loader(config, download and is_main), seed),
+    )
 
-    def load(is_main: bool) -> list[Task]:
-        return build_tasks(
-            task_specs(config),
-            lambda name: load_source(
-                name,
-                root=dataset.root,
-                val_fraction=dataset.val_fraction,
-                entries=dataset.entries,
-                download=dataset.download and is_main,
-            ),
-            experiment.seed,
-        )
 
-    return main_first(accelerator, load)
+def source_loader(config: Config, download: bool) -> Callable[[str], Source]:
+    """Finds a data set by name, where the configuration says."""
+    dataset = config.dataset
+    return lambda name: load_source(
+        name,
+        root=dataset.root,
+        val_fraction=dataset.val_fraction,
+        entries=dataset.entries,
+        download=download,
+    )
 
 
 def task_specs(config: Config) -> list[TaskSpec]:
@@ -103,10 +105,21 @@ def task_specs(config: Config) -> list[TaskSpec]:
     return expand_specs(experiment.tasks, config.dataset.name, experiment.num_tasks, experiment.split)
 
 
-def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Parts:
-    """Load data and weights and check what depends on them; an error on any rank is raised on all."""
-    tasks = load_tasks(config, accelerator)
-    backbone = agree(accelerator, lambda: make_backbone(config))
+def build_parts(
+    config: Config,
+    accelerator: Accelerator,
+    precision: str,
+    *,
+    tasks: list[Task] | None = None,
+    download_weights: bool = True,
+) -> Parts:
+    """Load data and weights and check what depends on them; an error on any rank is raised on all.
+
+    ``tasks`` are those of a dry run, which has looked for them already.
+    """
+    if tasks is None:
+        tasks = load_tasks(config, accelerator)
+    backbone = agree(accelerator, lambda: make_backbone(config, download_weights))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
     if config.model.norm_statistics == "frozen":
@@ -145,7 +158,7 @@ def build_parts(config: Config, accelerator: Accelerator, precision: str) -> Par
     )
 
 
-def make_backbone(config: Config) -> Backbone:
+def make_backbone(config: Config, download: bool = True) -> Backbone:
     model = config.model
     backbone = build_backbone(
         framework=model.framework,
@@ -155,6 +168,7 @@ def make_backbone(config: Config) -> Backbone:
         config=model.config,
         image_size=config.dataset.image_size,
         seed=config.experiment.seed,
+        download=download,
     )
     if model.use_lora:
         lora = model.lora

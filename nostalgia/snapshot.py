@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
-from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents
+from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents, understood
 from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.errors import NotFoundError
 from nostalgia.linalg.krylov import LanczosState
@@ -85,7 +85,14 @@ class Snapshot:
         return Contents(label, kind, content, values, {**self.curvature.references, **references})
 
     def restore(self, resumed: Resumed) -> RunState:
-        """Put ``resumed`` into the run's parts; a collective. The phase in progress is left to its owner."""
+        """Put ``resumed`` into the run's parts; a collective. The phase in progress is left to its owner.
+
+        Raises NotFoundError for a checkpoint that is whole but not one of this run, or of no run.
+        """
+        with understood(resumed.source):
+            return self._restore(resumed)
+
+    def _restore(self, resumed: Resumed) -> RunState:
         parts, saved = self.parts, resumed.state
         assert saved is not None
         self._check_same_run(saved, resumed.source)
@@ -108,6 +115,8 @@ class Snapshot:
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
         if saved["solve"] is not None:
+            if saved["solve"]["file"] not in resumed.references:
+                raise ValueError("an eigensolve's file that is not one of its own")
             resumed.solve = self._restore_solve(saved["solve"], values, resumed.run_dir)
         return RunState.from_json(saved["run"])
 

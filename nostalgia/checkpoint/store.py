@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,16 @@ def newest(run_dir: Path) -> Checkpoint | None:
             f"{run_dir}: no whole checkpoint ({len(damaged)} damaged; the newest: {damaged[0]}); start the run anew"
         )
     return None
+
+
+@contextlib.contextmanager
+def understood(source: object) -> Iterator[None]:
+    """Turns what goes wrong with contents that are whole but make no sense into one NotFoundError about ``source``."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise NotFoundError(f"{source}: not a checkpoint that this version can read ({reason})") from None
 
 
 def clean(run_dir: Path) -> None:

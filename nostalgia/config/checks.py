@@ -57,6 +57,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "nostalgia.basis_memory_gb": (0, math.inf, True),
     "nostalgia.guard_every_n_steps": (0, math.inf, True),
     "nostalgia.trace_samples": (1, math.inf, True),
+    "nostalgia.density_runs": (1, math.inf, True),
+    "nostalgia.density_steps": (1, math.inf, True),
     "train.epochs": (1, math.inf, True),
     "train.lr": (0, math.inf, False),
     "train.weight_decay": (0, math.inf, True),

@@ -120,7 +120,11 @@ class NostalgiaConfig:
     checkpoint_every_n_products: int = 50
     """Products of an eigensolve between checkpoints; 0: none."""
     spectral_density: bool = False
-    """Estimate the whole spectrum's density of each finished task as well."""
+    """Estimate the density and the trace of each finished task's whole spectrum as well."""
+    density_runs: int = 4
+    """Random vectors that density is estimated from."""
+    density_steps: int = 40
+    """Lanczos steps from each: the estimate costs (density_runs + 1) density_steps products."""
     predict_forgetting: str = "auto"
     """Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto
     (where the method takes curvature). Reads the earlier tasks' curvature samples again, as evaluation does its own."""

@@ -143,6 +143,8 @@ def _fetched(entry: Entry, root: Path, val_fraction: float, download: bool, trie
 
 def _not_found(entry: Entry, root: Path, tried: list[str]) -> str:
     how = entry.how or f"put class folders under {root / entry.name}/train and {root / entry.name}/val"
+    if entry.name in catalog.CATALOG:
+        how += ", or run once where there is a network: it is downloaded"
     if entry.name not in catalog.CATALOG and entry.hub:
         how = "check the name at huggingface.co/datasets; a private or gated one needs hf auth login"
     lines = [

@@ -131,6 +131,9 @@ class TaskLoader:
             batch_sampler=self._plan,
             num_workers=num_workers,
             collate_fn=_collate,
+            # Its own: a loader draws a seed from the process's generator as often as it starts workers, and
+            # dropout would then depend on how many they are.
+            generator=torch.Generator(),
             pin_memory=self.view.device.type == "cuda",
             persistent_workers=self.train and num_workers > 0,
             prefetch_factor=4 if num_workers > 0 else None,

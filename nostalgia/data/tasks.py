@@ -14,7 +14,7 @@ from torch import Tensor
 from nostalgia.data.images import ImageDataset, Subset
 from nostalgia.data.source import Source
 from nostalgia.data.transforms import check_shifts
-from nostalgia.errors import UsageError
+from nostalgia.errors import NotFoundError, UsageError
 
 DEFAULT_TASKS = 2
 KEYS = ("dataset", "classes", "transform", "head")  # of an entry of the task list
@@ -76,6 +76,46 @@ def build_tasks(specs: Sequence[TaskSpec], load: Callable[[str], Source], seed: 
     return tasks
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A task whose data, or whose head's, is not there."""
+
+    index: int
+    name: str
+    dataset: str
+    why: str
+    head: str | None = None
+
+
+def find_tasks(specs: Sequence[TaskSpec], load: Callable[[str], Source], seed: int) -> list[Task | Missing]:
+    """As `build_tasks`, going on where the data of a task is missing."""
+    sources: dict[str, Source | NotFoundError] = {}
+    found: list[Task | Missing] = []
+    for index, spec in enumerate(specs, 1):
+        check_shifts(spec.transform)
+        if spec.dataset not in sources:
+            try:
+                sources[spec.dataset] = load(spec.dataset)
+            except NotFoundError as error:
+                sources[spec.dataset] = error
+        source, tasks = sources[spec.dataset], [task for task in found if isinstance(task, Task)]
+        lost = next((one for one in found if isinstance(one, Missing) and one.name == spec.head), None)
+        if isinstance(source, NotFoundError):
+            found.append(Missing(index, task_name(index, spec.dataset), spec.dataset, str(source), spec.head))
+        elif lost is not None:
+            name = task_name(index, source.name)
+            found.append(Missing(index, name, spec.dataset, f"it goes on with the head of {lost.name}", lost.name))
+        else:
+            found.append(_task(index, spec, source, seed, tasks))
+    return found
+
+
+def task_name(index: int, dataset: str) -> str:
+    """``task1_digits``; of a repository or a folder the last part of its name."""
+    last = re.split(r"[/\\:]", dataset.rstrip("/\\"))[-1]
+    return f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', last)[:64]}"
+
+
 def head_classes(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
     """What the outputs of each head stand for once all ``tasks`` are trained, by its name."""
     return {task.head: task.classes for task in tasks}  # the last one with a head has all of its classes
@@ -104,7 +144,7 @@ def _spec(index: int, entry: Any) -> TaskSpec:
 
 
 def _task(index: int, spec: TaskSpec, source: Source, seed: int, earlier: Sequence[Task]) -> Task:
-    name = f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', source.name)[:64]}"
+    name = task_name(index, source.name)
     classes = _classes(name, spec, source, seed)
     train, val = (_only(split, classes) for split in (source.train, source.val))  # each class is in both
     head = name

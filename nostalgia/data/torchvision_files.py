@@ -77,11 +77,13 @@ def load(entry: Entry, root: Path, val_fraction: float, download: bool) -> tuple
             if not download:
                 return None, f"{label}: {error}"
     kind = getattr(torchvision.datasets, entry.torchvision)
+    before = _places(files, where)
     try:
         # torchvision prints to stdout what it downloads; this program's output is its own.
         with contextlib.redirect_stdout(io.StringIO()):
             splits = [[kind(str(where), download=download, **a) for a in arguments] for arguments in files.splits]
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        _remove_empty(where, [place for place in _places(files, where) if place not in before])
         return None, f"{label}: {_why(error, where, files, download)}"
     if has_idx(where / files.folder):
         return idx(entry, where / files.folder, val_fraction, kind="torchvision"), ""
@@ -96,11 +98,23 @@ def _home(entry: Entry, files: FileSet, root: Path) -> Path | None:
     return next((c for c in candidates if (c / files.folder).exists() or (c / files.archive).exists()), None)
 
 
+def _places(files: FileSet, where: Path) -> list[Path]:
+    """What is there of a data set."""
+    return [where / part for part in (files.folder, files.archive) if (where / part).exists()]
+
+
+def _remove_empty(root: Path, made: list[Path]) -> None:
+    """Folders that a failed download has made and left empty: they would be taken for a broken one."""
+    for place in made:
+        while place != root and place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+            place = place.parent
+
+
 def _why(error: Exception, where: Path, files: FileSet, download: bool) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    for part in (files.folder, files.archive):
-        if (where / part).exists():
-            return f"{where / part} is there but broken or partial ({reason}); delete it and download it again"
+    for place in _places(files, where):
+        return f"{place} is there but broken or partial ({reason}); delete it and download it again"
     return f"download failed ({reason})" if download else f"not there ({reason})"
 
 

@@ -63,14 +63,13 @@ class LanczosState:
     probe_end: int = 0  # products at which a running probe ends; 0: none was started
     probe_values: Tensor | None = None  # (k,) Ritz values when it started
     probe_residuals: Tensor | None = None  # (k,)
+    probe_chain: Tensor | None = None  # (j, 2): recurrence of the probe's j products; None: not followed
 
     def clone(self) -> LanczosState:
         """A copy that later products leave alone, without the room to grow."""
         used = self.projected.shape[0] + self.active_coupling.shape[0]
         # The small matrices are replaced by a solve, never written to.
-        return LanczosState(
-            **{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()}
-        )
+        return LanczosState(**{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()})
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,12 @@ class Krylov:
         _, length, overlaps = self._orthogonalise(m)
         if length > 0.0:
             self._activate(coupling * length, overlaps)
+
+    def recurrence(self) -> Tensor:
+        """Diagonal and next off-diagonal entry (1, 2) of the recurrence in the last product."""
+        s = self.state
+        coupling = s.active_coupling[0, -1] if self.active else torch.zeros((), dtype=torch.float64)
+        return torch.stack([s.projected[-1, -1], coupling])[None]
 
     # -- the whole basis -----------------------------------------------------------------------------------
 

@@ -7,16 +7,21 @@ converging.
 
 What Lanczos from one vector cannot see is the second vector of a repeated eigenvalue. Where products stay
 inside the basis (an invariant subspace) a random vector outside it goes on. Else, when all pairs have
-converged, the solve *probes*: ``probe`` products from a random vector orthogonal to all vectors found. If
-that changes the wanted pairs they are iterated to convergence and probed again, twice as long. After j
-products from a random vector, an eigenvalue lambda of a positive semi-definite operator that the first
-pass missed has shown up but for a probability of 1.65 sqrt(P) exp(-(2j - 1) sqrt(1 - mu / lambda)), with
-mu the largest Ritz value seen of what is left (Kuczynski and Wozniakowski 1992): 8 products tell copies
-of eigenvalues well above what is left, not surely those within some 20 % of it.
+converged, the solve *probes*: at most ``probe`` products from a random vector x orthogonal to all vectors
+found. If that changes the wanted pairs they are iterated to convergence and probed again, twice as long.
+
+The first probe ends early when it has seen enough. With p_i the orthonormal polynomials of its recurrence,
+1 / sum_{i <= j} p_i(theta)^2 bounds the weight (u . x)^2 that an eigenvector u of an eigenvalue theta outside
+the probe's Ritz values can have (the Christoffel function: the least |p(A) x|^2 of p of degree j with
+p(theta) = 1). A random x has less in one of n dimensions with a probability of at most
+(2 n / pi / sum p_i^2)^(1/2): when that is below `MISSED`, an eigenvalue as large as the wanted ones would have
+shown. Where the wanted eigenvalues hardly exceed what is left, ``probe`` products end it, and a copy of the last
+ones may be missed.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +39,8 @@ __all__ = ["Eigenpairs", "LanczosProgress", "LanczosState", "Operator", "lanczos
 WHICH = ("largest", "magnitude")
 # An eigenvalue of zero converges to this many roundings of the largest |lambda|.
 FLOOR = 10.0
+# A probe may end after half its products, when the chance that it overlooked an eigenvector is below this.
+MISSED = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ def lanczos(
 
     A pair is converged when its residual is at most ``tol`` |lambda|, or at most 10 roundings of the largest
     |lambda| (what an eigenvalue of zero can reach). The solve ends when all are and a probe found nothing new
-    (``probe=0``: without one), when what is left is the products' own noise, or after ``max_products``
-    (default 10 (2 k + 16)). Pairs that did not converge are returned and marked, never called converged.
+    (``probe``: products it may take, 0 for none), when what is left is the products' own noise, or after
+    ``max_products`` (default 10 (2 k + 16)). Pairs that did not converge are returned and marked, never called
+    converged.
 
     ``max_basis`` (default 2 k + 16, at most P) bounds the vectors held, but for 7 more (and k at the end,
     when no product runs). Residuals are those of the projected problem, at no cost: right for products good
@@ -140,7 +148,10 @@ class _Solve:
             self._turn(ritz)
             if krylov.m >= self.max_basis:
                 krylov.restart(ritz, min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1))
+                state.probe_chain = None
             krylov.expand()
+            if state.probe_chain is not None:
+                state.probe_chain = torch.cat([state.probe_chain, krylov.recurrence()])
             ritz = krylov.ritz(self.which)
             if callback is not None:
                 callback(self._progress(ritz))
@@ -192,7 +203,7 @@ class _Solve:
             return bool((converged | hopeless).all())
         if self.probe == 0:
             return True
-        if state.products < state.probe_end:
+        if state.products < state.probe_end and not self._seen_enough(float(values[-1])):
             return False
         if state.probe_values is not None and state.probe_residuals is not None:
             moved = (values - state.probe_values).abs()
@@ -204,10 +215,29 @@ class _Solve:
     def _start_probe(self, ritz: Ritz) -> None:
         krylov, state = self.krylov, self.krylov.state
         # Once a probe has found a copy there may be more: look twice as long.
-        state.probe_end = state.products + self.probe * (1 if state.probe_values is None else 2)
+        first = state.probe_values is None
+        state.probe_end = state.products + self.probe * (1 if first else 2)
         state.probe_values, state.probe_residuals = ritz.values[: self.k], ritz.residuals[: self.k]
+        # Room for the whole probe, if there can be: a restart in the middle would cut its recurrence.
+        if krylov.m > self.max_basis - self.probe > self.k:
+            krylov.restart(ritz, self.max_basis - self.probe)
+            ritz = krylov.ritz(self.which)
         krylov.park(ritz, self.k)
         krylov.add_random()
+        state.probe_chain = torch.zeros(0, 2, dtype=torch.float64) if first else None
+
+    def _seen_enough(self, last: float) -> bool:
+        """Whether a copy of the wanted eigenvalues, of which ``last`` is the least, would have shown in the probe."""
+        chain, krylov = self.krylov.state.probe_chain, self.krylov
+        if chain is None or 2 * len(chain) < self.probe or float(chain[:, 1].min()) <= 0.0:
+            return False
+        within = torch.diag(chain[:, 0]) + torch.diag(chain[:-1, 1], 1) + torch.diag(chain[:-1, 1], -1)
+        seen = torch.linalg.eigvalsh(within)
+        outside = [last] if self.which == "largest" else [abs(last), -abs(last)]
+        if float(seen[-1]) >= outside[0] or (len(outside) > 1 and float(seen[0]) <= outside[1]):
+            return False
+        weight = max(_largest_weight(chain, value) for value in outside)
+        return (2 * krylov.space.size * weight / math.pi) ** 0.5 <= MISSED
 
     def _turn(self, ritz: Ritz) -> None:
         """See to it that a row is active, and that it is what the pairs not converged yet lack most."""
@@ -217,11 +247,16 @@ class _Solve:
             strengths = krylov.strengths(ritz.vectors[:, : self.k][:, not_yet])
             strongest = int(strengths.argmax())
             if not krylov.active:
-                krylov.unpark(strongest)
+                self._unpark(strongest)
             elif float(strengths[strongest]) > 2 * float(strengths[0]):
-                krylov.unpark(strongest - 1)
+                self._unpark(strongest - 1)
         if not krylov.active:
+            krylov.state.probe_chain = None
             krylov.add_random()
+
+    def _unpark(self, index: int) -> None:
+        self.krylov.state.probe_chain = None  # products of another row do not belong to it
+        self.krylov.unpark(index)
 
     def _progress(self, ritz: Ritz) -> LanczosProgress:
         values, residuals = ritz.values[: self.k], ritz.residuals[: self.k]
@@ -242,3 +277,12 @@ class _Solve:
             krylov.state.products += 1
             squares[i] = space.local_gram(error, error)[0, 0]
         return space.all_reduce(squares).clamp_min(0.0).sqrt().cpu()
+
+
+def _largest_weight(chain: Tensor, value: float) -> float:
+    """The most that a starting vector with the recurrence ``chain`` (j, 2) can have of an eigenvalue ``value``."""
+    before, current, total, beta = 0.0, 1.0, 1.0, 0.0
+    for diagonal, following in chain.tolist():
+        before, current = current, ((value - diagonal) * current - beta * before) / following
+        beta, total = following, total + current * current
+    return 1.0 / total

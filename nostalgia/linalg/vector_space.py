@@ -271,8 +271,7 @@ class VectorSpace:
             return tensor.to_local().detach()
         if tensor.shape != self.shapes[index]:
             raise UsageError(
-                f"{self.names[index]}: a tensor of shape {tuple(tensor.shape)}; "
-                f"expected is {tuple(self.shapes[index])}"
+                f"{self.names[index]}: a tensor of shape {tuple(tensor.shape)}; expected is {tuple(self.shapes[index])}"
             )
         if self.world_size == 1:
             return tensor.detach()

@@ -22,6 +22,7 @@ def build_backbone(
     config: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    download: bool = True,
 ) -> Backbone:
     """Build the backbone that the words of ``model.*`` describe, on the CPU, in float32.
 
@@ -29,7 +30,7 @@ def build_backbone(
     ``model_type`` for one from scratch) or ``torchvision`` (``arch``; ``model_id``: a file with a state dict,
     or the name of one of the architecture's weights; ``config``: arguments of its builder). ``image_size``
     None takes the size the weights were trained at. Random weights depend on ``seed`` alone; the global
-    random state is untouched.
+    random state is untouched. Without ``download`` only what is on this machine is taken.
 
     Raises NotFoundError where wanted weights cannot be had (random ones never stand in for them), UsageError
     for words that cannot be right.
@@ -41,11 +42,11 @@ def build_backbone(
             raise UsageError(f"model.arch={arch} goes with model.framework=torchvision; model.framework is hf")
         from nostalgia.models import huggingface
 
-        return huggingface.build(model_id, pretrained, config or {}, image_size, seed)
+        return huggingface.build(model_id, pretrained, config or {}, image_size, seed, download)
     if framework == "torchvision":
         from nostalgia.models import torchvision_models
 
-        return torchvision_models.build(arch, model_id, pretrained, config or {}, image_size, seed)
+        return torchvision_models.build(arch, model_id, pretrained, config or {}, image_size, seed, download)
     raise UsageError(f"model.framework={framework}: hf and torchvision are allowed")
 
 

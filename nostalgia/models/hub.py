@@ -23,7 +23,7 @@ SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def weights_folder(model_id: str) -> Path:
+def weights_folder(model_id: str, download: bool = True) -> Path:
     """The folder that holds settings and weights of ``model_id``.
 
     Raises NotFoundError where they cannot be had, UsageError for a name that cannot be one.
@@ -34,15 +34,15 @@ def weights_folder(model_id: str) -> Path:
     cached = _cached(model_id)
     if cached is not None:
         return cached
-    folder = _download(model_id, [*SETTINGS, *SAFETENSORS])
-    return folder if _complete(folder) else _download(model_id, [*SETTINGS, *PICKLED])
+    folder = _download(model_id, [*SETTINGS, *SAFETENSORS], download)
+    return folder if _complete(folder) else _download(model_id, [*SETTINGS, *PICKLED], download)
 
 
-def settings_folder(model_id: str) -> Path:
+def settings_folder(model_id: str, download: bool = True) -> Path:
     """The folder that holds ``config.json`` of ``model_id``; weights need not be there. Raises as above."""
     folder = _local(model_id) or _cached(model_id, weights=False)
     try:
-        return folder or _download(model_id, list(SETTINGS))
+        return folder or _download(model_id, list(SETTINGS), download)
     except NotFoundError as error:
         raise NotFoundError(
             f"model.pretrained=false reads the architecture from its config.json; {error}, or describe one by "
@@ -98,20 +98,22 @@ def _complete(folder: Path) -> bool:
     return False
 
 
-def _download(model_id: str, patterns: Sequence[str]) -> Path:
+def _download(model_id: str, patterns: Sequence[str], allowed: bool) -> Path:
     try:
         with quiet():
-            return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
+            return Path(snapshot_download(model_id, allow_patterns=list(patterns), local_files_only=not allowed))
     except HFValidationError as error:
         raise UsageError(f"model.model_id={model_id} is neither a local folder nor a hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise NotFoundError(_not_had(model_id, error)) from error
+        raise NotFoundError(_not_had(model_id, error, allowed)) from error
 
 
-def _not_had(model_id: str, error: Exception) -> str:
+def _not_had(model_id: str, error: Exception, allowed: bool) -> str:
     """One line: where ``model_id`` was looked for, why it could not be had, and how to put it there."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if constants.HF_HUB_OFFLINE:
+    if not allowed:
+        reason = "not asked: a dry run downloads nothing, the run itself would try"
+    elif constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE=1 forbids the network"
     elif status is not None:
         reason = f"HTTP {status}: no such repository, or no access to it"

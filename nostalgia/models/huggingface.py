@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,7 +45,12 @@ NORMALISATION = ("image_mean", "image_std")
 
 
 def build(
-    model_id: str | None, pretrained: bool, config: Mapping[str, Any], image_size: int | None, seed: int
+    model_id: str | None,
+    pretrained: bool,
+    config: Mapping[str, Any],
+    image_size: int | None,
+    seed: int,
+    download: bool = True,
 ) -> Backbone:
     """Backbone with the weights of ``model_id``, or, when not ``pretrained``, with random ones.
 
@@ -53,8 +59,8 @@ def build(
     if pretrained:
         if model_id is None:
             raise UsageError("model.pretrained=true needs model.model_id: a hub id or a local folder")
-        return _pretrained(model_id, config, image_size)
-    settings, source = _scratch_config(model_id, config)
+        return _pretrained(model_id, config, image_size, download)
+    settings, source = _scratch_config(model_id, config, download)
     mean, std = (_triple(config, key) or HALF for key in NORMALISATION)
     if image_size is not None and "image_size" not in config and hasattr(settings, "image_size"):
         settings.image_size = image_size if isinstance(settings.image_size, int) else [image_size] * 2
@@ -64,8 +70,8 @@ def build(
     return _backbone(model.float(), settings, size, mean, std, source)
 
 
-def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None) -> Backbone:
-    folder = hub.weights_folder(model_id)
+def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None, download: bool) -> Backbone:
+    folder = hub.weights_folder(model_id, download)
     settings = _read_config(model_id, folder, config)
     hub.check_weights(model_id, folder)
     model, missing = _load(model_id, folder, settings)
@@ -152,11 +158,11 @@ def _read_json(model_id: str, file: Path) -> dict[str, Any]:
     return raw
 
 
-def _scratch_config(model_id: str | None, config: Mapping[str, Any]) -> tuple[PreTrainedConfig, str]:
+def _scratch_config(model_id: str | None, config: Mapping[str, Any], download: bool) -> tuple[PreTrainedConfig, str]:
     """Configuration of a network with random weights, and a name for it in messages."""
     kind = config.get("model_type")
     if kind is None and model_id is not None:
-        return _read_config(model_id, hub.settings_folder(model_id), config), f"{model_id} (random weights)"
+        return _read_config(model_id, hub.settings_folder(model_id, download), config), f"{model_id} (random weights)"
     if kind is None:
         raise UsageError("model.pretrained=false needs model.config.model_type (for instance vit) or model.model_id")
     try:
@@ -206,7 +212,7 @@ def _processing(
     size = _native_size(settings) or 224
     file = folder / "preprocessor_config.json"
     if not file.is_file():
-        if mean is None or std is None:
+        if (mean is None or std is None) and int(os.environ.get("RANK", "0")) == 0:  # once, not by every rank
             logger.warning(
                 "%s: no preprocessor_config.json beside the weights; images are normalised with mean and std "
                 "0.5. "

@@ -51,6 +51,7 @@ def build(
     config: Mapping[str, Any],
     image_size: int | None,
     seed: int,
+    download: bool = True,
 ) -> Backbone:
     """Backbone ``arch``, its weights from ``model_id`` (a file, or a name such as IMAGENET1K_V2) or the
     current ones.
@@ -72,7 +73,7 @@ def build(
         model, classifier = bare(arch, config, size)
     mean, std = HALF, HALF
     if pretrained:
-        _load(model, classifier, arch, file, weights, size)
+        _load(model, classifier, arch, file, weights, size, download)
         if arch not in FROM_TENSORFLOW:
             mean, std = _triple(stored.get("mean", transform.mean)), _triple(stored.get("std", transform.std))
     source = f"torchvision {arch}" + ("" if pretrained else " (random weights)")
@@ -148,11 +149,17 @@ def _weights(arch: str, name: str | None) -> WeightsEnum:
 
 
 def _load(
-    model: nn.Module, classifier: str, arch: str, file: Path | None, weights: WeightsEnum, image_size: int
+    model: nn.Module,
+    classifier: str,
+    arch: str,
+    file: Path | None,
+    weights: WeightsEnum,
+    image_size: int,
+    download: bool,
 ) -> None:
     """Fill ``model`` from ``file``, else from ``weights``; every tensor must be there and fit."""
     source = f"model.model_id={file}" if file is not None else f"weights of {arch}"
-    state = _read(file, source) if file is not None else _download(arch, weights)
+    state = _read(file, source) if file is not None else _download(arch, weights, download)
     # The versions of a file's modules: some networks rename old tensors by them, MNASNet insists on them.
     versions = getattr(state, "_metadata", None) or model.state_dict()._metadata  # type: ignore[attr-defined]
     if arch.startswith("vit_") and "encoder.pos_embedding" in state:
@@ -222,10 +229,19 @@ def _metadata(file: Path) -> dict[str, str]:
         raise NotFoundError(f"model.model_id={file}: not a readable safetensors file ({error})") from error
 
 
-def _download(arch: str, weights: WeightsEnum) -> dict[str, Tensor]:
+def _download(arch: str, weights: WeightsEnum, allowed: bool) -> dict[str, Tensor]:
     """torchvision's weights, cached or downloaded; one process downloads while the others wait."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = os.path.basename(urlparse(weights.url).path)
+    how = (
+        f"get {weights.url} where there is a network and put it there (TORCH_HOME says where), or give "
+        "model.model_id=/path/to/weights.pth"
+    )
+    if not allowed and not (folder / name).is_file():
+        raise NotFoundError(
+            f"model.arch={arch}: weights {weights.name} not found: {folder / name} is not there (a dry run downloads "
+            f"nothing, the run itself would try); {how}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
@@ -235,9 +251,7 @@ def _download(arch: str, weights: WeightsEnum) -> dict[str, Tensor]:
         state = "is damaged or partial: remove it" if broken else "is not there, and downloading it failed"
         reason = " ".join(str(error).split())[:120]
         raise NotFoundError(
-            f"model.arch={arch}: weights {weights.name} not found: {folder / name} {state} ({reason}); get "
-            f"{weights.url} where there is a network and put it there (TORCH_HOME says where), or give "
-            "model.model_id=/path/to/weights.pth"
+            f"model.arch={arch}: weights {weights.name} not found: {folder / name} {state} ({reason}); {how}"
         ) from error
 
 

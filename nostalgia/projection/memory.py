@@ -75,7 +75,7 @@ class CurvatureMemory:
         return self.k_max if self.merge == "union" else self.k
 
     def place(self, space: VectorSpace) -> BasisPlacement:
-        """Where the basis of ``space`` will lie; all ranks must ask together. The same for all tasks."""
+        """Where the basis of ``space`` will lie, from the first task to the last; all ranks must ask together."""
         if self._placed is None or self._placed[0] is not space:
             itemsize = torch.empty((), dtype=self.dtype or space.dtype).element_size()
             decision = place_basis(self.placement, space, min(self.capacity, space.size), itemsize, self.budget_bytes)

@@ -23,8 +23,10 @@ from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.projection.memory import CurvatureMemory
 
 # Columns of Q handled at once where Q cannot be used as it lies (another dtype, or scaled by the metric): small enough
-# that the scaled copy stays in the cache of a GPU, large enough to keep it busy.
-CHUNK = 1 << 17
+# that the scaled copy stays in the cache, large enough to keep a GPU busy.
+CHUNK = {"cpu": 1 << 14, "cuda": 1 << 17}
+# Rows of Q times all earlier ones at once: half of a symmetric matrix is enough. A GPU wants fewer, larger calls.
+ROWS = {"cpu": 64, "cuda": 256}
 METRIC_FLOOR = 0.1  # of the metric's root mean square: see _inverse_metric
 
 
@@ -146,9 +148,13 @@ class GradientProjector:
         if basis.dtype == dtype:
             yield slice(0, basis.shape[1]), basis
             return
-        for start in range(0, basis.shape[1], CHUNK):
-            columns = slice(start, min(start + CHUNK, basis.shape[1]))
+        for columns in self._columns():
             yield columns, basis[:, columns].to(dtype)
+
+    def _columns(self) -> Iterator[slice]:
+        width, size = CHUNK.get(self._basis.device.type, CHUNK["cuda"]), self._basis.shape[1]
+        for start in range(0, size, width):
+            yield slice(start, min(start + width, size))
 
     def _coefficients(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Q v (m,) and |v|^2 in float64, one small all-reduce for both."""
@@ -174,15 +180,20 @@ class GradientProjector:
             coefficients, _ = self._coefficients(step)
             return self._identity_or_gram(), coefficients
         m = self._basis.shape[0]
+        rows = ROWS.get(step.device.type, ROWS["cuda"])
         partial = torch.zeros(m, m + 1, dtype=torch.float64, device=step.device)
-        for start in range(0, step.numel(), CHUNK):
-            columns = slice(start, min(start + CHUNK, step.numel()))
-            block = self._basis[:, columns].to(step.dtype)
-            # The metric enters as its square root on both sides: the system stays symmetric to rounding.
-            scaled = block * inverse_metric[columns].sqrt()
+        # The metric enters as its square root on both sides: the system stays symmetric to rounding.
+        root = inverse_metric.sqrt()
+        stretched = step / root
+        for columns in self._columns():
+            scaled = self._basis[:, columns] * root[columns]
             with full_precision_matmul(step.device.type):
-                partial[:, :m] += scaled @ scaled.T
-            partial[:, m] += torch.mv(block, step[columns])
+                for start in range(0, m, rows):
+                    stop = min(start + rows, m)
+                    partial[start:stop, :stop] += scaled[start:stop] @ scaled[:stop].T
+                partial[:, m] += torch.mv(scaled, stretched[columns])
+        system = partial[:, :m]
+        system.copy_(system.tril() + system.tril(-1).T)
         self._space.all_reduce(partial)
         return partial[:, :m], partial[:, m]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from nostalgia.errors import NotFoundError
 from nostalgia.reporting.results import METRICS
 from nostalgia.reporting.run_folder import RunFolder, read_run
+from nostalgia.reporting.settings import differences
 
 COLUMNS = (*METRICS, "seconds")
 PLAN = ("nostalgia", "finetune", "joint")
@@ -43,9 +44,7 @@ def read_finished(paths: Sequence[Path]) -> list[RunFolder]:
     for path in dict.fromkeys(path.resolve() for path in paths):
         run = read_run(path)
         if run.results is None:
-            raise NotFoundError(
-                f"{path}: no results to compare ({run.problems.get('results.json', 'unreadable')})"
-            )
+            raise NotFoundError(f"{path}: no results to compare ({run.problems.get('results.json', 'unreadable')})")
         runs.append(run)
     return runs
 
@@ -55,11 +54,13 @@ def by_method(runs: Iterable[RunFolder]) -> list[MethodRow]:
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
-    order = sorted(groups, key=lambda name: (PLAN.index(name) if name in PLAN else len(PLAN), name))
-    return [
-        _row(name, sorted(groups[name], key=lambda run: run.results.seed if run.results else 0))
-        for name in order
-    ]
+    order = sorted(groups, key=place)
+    return [_row(name, sorted(groups[name], key=lambda run: run.results.seed if run.results else 0)) for name in order]
+
+
+def place(method: str) -> tuple[int, str]:
+    """What to sort methods by: the project's own first, then by name."""
+    return PLAN.index(method) if method in PLAN else len(PLAN), method
 
 
 def same_tasks(runs: Sequence[RunFolder]) -> bool:
@@ -76,9 +77,11 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         found.append(f"the runs have different tasks ({names}): their numbers do not compare")
     for row in rows:
         if len(set(row.seeds)) < len(row.seeds):
-            found.append(
-                f"{row.method}: several runs have the same seed; they are averaged as if they were seeds"
-            )
+            found.append(f"{row.method}: several runs have the same seed; they are averaged as if they were seeds")
+        apart = differences([run.config for run in row.runs])
+        if apart:
+            first = ", ".join(f"{key} ({', '.join(dict.fromkeys(values))})" for key, values in list(apart.items())[:3])
+            found.append(f"{row.method}: its runs differ in {first}; they are averaged as if they were seeds")
     return found
 
 

@@ -49,9 +49,7 @@ def compare(paths: Sequence[Path], console: Console, figures: Path | None = None
     rows = by_method(runs)
     console.print(comparison_table(rows))
     for name, title in HEADERS.items():
-        console.print(
-            f"{title:<7} {METRIC_TITLES[name]}: {METRIC_MEANINGS[name]}", style="dim", soft_wrap=True
-        )
+        console.print(f"{title:<7} {METRIC_TITLES[name]}: {METRIC_MEANINGS[name]}", style="dim", soft_wrap=True)
     if any(len(row.seeds) > 1 for row in rows):
         console.print("±       standard deviation over seeds (n - 1)", style="dim")
     console.print()

@@ -99,9 +99,7 @@ def start_panel(info: RunInfo) -> Panel:
     return Panel(outer, title=title, title_align="left", expand=False, box=box.ROUNDED)
 
 
-def print_config(
-    console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None
-) -> None:
+def print_config(console: Console, config: Mapping[str, Any], *, quiet: bool = False, path: Path | None = None) -> None:
     """The composed configuration; folded to the path of its file where ``quiet``."""
     where = f" ({path})" if path else ""
     if quiet:

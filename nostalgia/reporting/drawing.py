@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 
-from nostalgia.reporting import figures, figures_curvature, figures_training
+from nostalgia.reporting import figures, figures_curvature, figures_theory, figures_training
+from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.figure_style import save
 from nostalgia.reporting.run_folder import RunFolder, TaskCurvature
 
@@ -54,8 +55,10 @@ def run_drawers(run: RunFolder) -> dict[str, Drawer]:
         "projection": lambda: _because(run, "metrics.csv", lambda: figures_training.projection(run.metrics)),
         "memory": lambda: _because(run, "memory.csv", lambda: figures_training.memory(run.memory)),
         "spectrum": lambda: figures_curvature.spectrum(spectra),
-        "importance": lambda: figures_curvature.importance(spectra, traces),
+        "curvature_share": lambda: figures_curvature.curvature_share(spectra, traces),
+        "importance": lambda: figures_theory.importance(task_shares(run.curvature)),
         "subspace_overlap": lambda: figures_curvature.subspace_overlap(*task_angles(run.curvature)),
+        "forgetting_prediction": lambda: figures_theory.forgetting_prediction(by_task(run.forgetting["rows"])),
     }
 
 
@@ -68,9 +71,7 @@ def comparison_drawers(methods: Mapping[str, Sequence[RunFolder]]) -> dict[str, 
         "forgetting": lambda: figures.forgetting(names, matrices),
     }
     for name, own in matrices.items():
-        drawers[f"accuracy_matrix_{name}"] = lambda name=name, own=own: figures.accuracy_matrix(
-            names, own, name
-        )  # type: ignore[misc]
+        drawers[f"accuracy_matrix_{name}"] = lambda name=name, own=own: figures.accuracy_matrix(names, own, name)  # type: ignore[misc]
     return drawers
 
 
@@ -98,6 +99,25 @@ def task_angles(
         if places.get(early, late) < late
     }
     return names, found
+
+
+def task_shares(curvature: Sequence[TaskCurvature]) -> list[figures_theory.Shares]:
+    """Shares of the parameters of each task whose file has them."""
+    found = []
+    for c in curvature:
+        names, sizes, own, memory = (
+            c.raw.get(key) or [] for key in ("parameters", "parameter_sizes", "importance", "memory_importance")
+        )
+        if names and len(names) == len(sizes) == len(own) and len(memory) in (0, len(names)):
+            found.append(figures_theory.Shares(c.task, names, sizes, own, memory))
+    return found
+
+
+def by_task(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(row["task"], []).append(row)
+    return groups
 
 
 def _is_density(value: Any) -> TypeGuard[dict[str, list[float]]]:

@@ -41,9 +41,7 @@ def accuracy_vs_task(tasks: Sequence[str], matrices: Matrices) -> Figure:
         figure = new_figure(6.4, 3.6)
         axes = figure.add_subplot()
         for u, name in enumerate(tasks):
-            _errorbar(
-                axes, np.arange(1, count + 1), values[:, :, u], label=_label(u, name), **line_style(u, count)
-            )
+            _errorbar(axes, np.arange(1, count + 1), values[:, :, u], label=_label(u, name), **line_style(u, count))
         axes.set_title(_titled("Accuracy on each task as training goes on", len(matrices)))
         axes.set_ylabel("validation accuracy (fraction)")
         _fraction_axis(axes, values)
@@ -104,7 +102,7 @@ def accuracy_matrix(tasks: Sequence[str], matrices: Matrices, method: str = "") 
         figure = new_figure(side + 0.9, max(side - 0.3, 2.6))
         axes = figure.add_subplot()
         heat_map(axes, mean, std if len(matrices) > 1 else None, colorbar="validation accuracy (fraction)")
-        axes.set_title(_titled(f"Accuracy matrix{method and f' of {method}'}", len(matrices)))
+        axes.set_title(_titled(f"Accuracy matrix{method and f' of {short(method, 40)}'}", len(matrices)))
         _name_both_axes(axes, tasks)
         axes.set_xlabel("evaluated on task")
         axes.set_ylabel("after training task")
@@ -147,12 +145,8 @@ def _name_both_axes(axes: Axes, tasks: Sequence[str]) -> None:
     count = len(tasks)
     named = count <= 10
     axes.set_yticks(range(count), [_label(t, n) if named else str(t + 1) for t, n in enumerate(tasks)])
-    rotated: dict[str, Any] = (
-        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
-    )
-    axes.set_xticks(
-        range(count), [_label(t, n) if named else str(t + 1) for t, n in enumerate(tasks)], **rotated
-    )
+    rotated: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
+    axes.set_xticks(range(count), [_label(t, n) if named else str(t + 1) for t, n in enumerate(tasks)], **rotated)
 
 
 def _method_curves(
@@ -172,11 +166,10 @@ def _method_curves(
         for i, (name, values) in enumerate(curves.items()):
             if not np.isfinite(values).any():
                 continue
-            named = {"label": f"{name} (n = {len(values)})" if len(values) > 1 else name}
+            shown = short(name, 40)
+            named = {"label": f"{shown} (n = {len(values)})" if len(values) > 1 else shown}
             aside = 0.05 * (i - (len(curves) - 1) / 2)  # so that error bars do not hide one another
-            _errorbar(
-                axes, np.arange(1, len(tasks) + 1) + aside, values, **named, **line_style(i, len(curves))
-            )
+            _errorbar(axes, np.arange(1, len(tasks) + 1) + aside, values, **named, **line_style(i, len(curves)))
         seeds = max(len(values) for values in curves.values())
         axes.set_title(_titled(title, seeds))
         axes.set_ylabel(label)
@@ -224,12 +217,8 @@ def _mean_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _stack(matrices: Matrices) -> np.ndarray:
     """(S, T, T) float64 with NaN where nothing was measured."""
-    arrays = [
-        np.array([[np.nan if v is None else v for v in row] for row in m], dtype=float) for m in matrices
-    ]
-    _need(
-        bool(arrays) and all(a.ndim == 2 and a.shape == arrays[0].shape for a in arrays), "no accuracy matrix"
-    )
+    arrays = [np.array([[np.nan if v is None else v for v in row] for row in m], dtype=float) for m in matrices]
+    _need(bool(arrays) and all(a.ndim == 2 and a.shape == arrays[0].shape for a in arrays), "no accuracy matrix")
     return np.stack(arrays)
 
 
@@ -261,7 +250,7 @@ def _fraction_axis(axes: Axes, values: np.ndarray) -> None:
 
 
 def _titled(title: str, seeds: int) -> str:
-    return f"{title}\n(mean ± standard deviation of {seeds} seeds)" if seeds > 1 else title
+    return f"{title}\n(mean ± s.d., {seeds} seeds)" if seeds > 1 else title
 
 
 def _label(index: int, name: str) -> str:

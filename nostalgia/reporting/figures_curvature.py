@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nostalgia.reporting.figure_style import (
     GREY,
@@ -74,13 +75,9 @@ def subspace_overlap(tasks: Sequence[str], angles: Mapping[tuple[int, int], Sequ
     return figure
 
 
-def importance(tasks: Sequence[Spectrum], traces: Sequence[float | None]) -> Figure:
+def curvature_share(tasks: Sequence[Spectrum], traces: Sequence[float | None]) -> Figure:
     """Share of a task's curvature in its first i eigenpairs: of the trace where known, else of the top k."""
-    usable = [
-        (task, trace)
-        for task, trace in zip(tasks, traces, strict=True)
-        if max(task.eigenvalues, default=0) > 0
-    ]
+    usable = [(task, trace) for task, trace in zip(tasks, traces, strict=True) if max(task.eigenvalues, default=0) > 0]
     if not usable:
         raise ValueError("no positive eigenvalues were computed (curvature/ is empty)")
     of_trace = all(trace is not None and trace > 0 for _, trace in usable)
@@ -95,6 +92,7 @@ def importance(tasks: Sequence[Spectrum], traces: Sequence[float | None]) -> Fig
                       **line_style(i, len(usable)))  # fmt: skip
         axes.set_ylim(0, None if of_trace else 1.02)
         axes.set_xlabel("number of eigenpairs")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.set_ylabel("share of the trace" if of_trace else "share of the sum of those computed")
         axes.set_title("Curvature held by the first eigenpairs")
         key_beside(axes, len(usable), "after task")
@@ -115,11 +113,7 @@ def _eigenvalue_panel(axes: Axes, tasks: Sequence[Spectrum]) -> None:
         every = max(1, len(values) // 12)
         axes.errorbar(index[positive], values[positive], yerr=errors, elinewidth=0.7, capsize=1.2,
                       markevery=(i % every, every), label=short(task.task), **look)  # fmt: skip
-        loose = (
-            positive & ~np.asarray(task.converged, dtype=bool)
-            if len(task.converged)
-            else np.zeros_like(positive)
-        )
+        loose = positive & ~np.asarray(task.converged, dtype=bool) if len(task.converged) else np.zeros_like(positive)
         axes.plot(index[loose], values[loose], ls="", marker="x", ms=6, mew=1.2, color="black", zorder=5)
     if any(not all(task.converged) for task in tasks):
         axes.errorbar([], [], ls="", marker="x", ms=6, mew=1.2, color="black", label="not converged")
@@ -130,6 +124,7 @@ def _eigenvalue_panel(axes: Axes, tasks: Sequence[Spectrum]) -> None:
     note: dict[str, Any] = {"rotation": 90, "va": "top", "ha": "left", "fontsize": 7.5, "color": "0.3"}
     axes.text(rank * 1.015 + 0.7, 0.98, f"rank cut, k = {rank}", transform=axes.get_xaxis_transform(), **note)
     axes.set_xlabel("number of the eigenvalue")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_ylabel("eigenvalue λ (loss / parameter²)")
     missing = f"\n({hidden} not positive, not shown)" if hidden else ""
     axes.set_title(f"Top of each task's spectrum, bars: residual |Hq - λq|{missing}")
@@ -153,9 +148,7 @@ def _name_pairs(axes: Axes, tasks: Sequence[str]) -> None:
     named = count <= 8
     columns = [short(name, 14) if named else str(u) for u, name in enumerate(tasks[:-1], start=1)]
     rows = [short(name, 14) if named else str(t) for t, name in enumerate(tasks[1:], start=2)]
-    rotated: dict[str, Any] = (
-        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
-    )
+    rotated: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if named and count > 2 else {}
     axes.set_xticks(range(count - 1), columns, **rotated)
     axes.set_yticks(range(count - 1), rows)
     axes.set_xlabel("earlier task")
@@ -170,13 +163,12 @@ def _angle_panel(axes: Axes, tasks: Sequence[str], known: Mapping[tuple[int, int
         degrees = np.sort(np.degrees(known[early, late]))
         every = max(1, len(degrees) // 10)
         label = f"tasks {early + 1} and {late + 1}"
-        axes.plot(
-            np.arange(1, len(degrees) + 1), degrees, label=label, markevery=every, **line_style(i, len(drawn))
-        )
+        axes.plot(np.arange(1, len(degrees) + 1), degrees, label=label, markevery=every, **line_style(i, len(drawn)))
     axes.axhline(90, color=GREY, lw=0.8, ls="--")
     axes.set_ylim(0, 96)
     axes.set_yticks(range(0, 91, 15))
     axes.set_xlabel("number of the angle")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_ylabel("principal angle (degrees)")
     axes.set_title("Principal angles" + ("" if everything else " of neighbouring tasks"))
     key_beside(axes, len(drawn), "between" if len(drawn) <= NAMED_LINES else "earlier of the two tasks")

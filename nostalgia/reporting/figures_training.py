@@ -154,9 +154,7 @@ def mark_tasks(axes: Axes, segments: Sequence[tuple[str, float, float]], names: 
         label = short(name, room) if room >= 9 else str(i + 1)
         if names and (room >= 2 or len(segments) == 1):
             place = ((start + end) / 2, 1.01)
-            axes.text(
-                *place, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=7, color="0.3"
-            )
+            axes.text(*place, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=7, color="0.3")
 
 
 def _title_pad(segments: Sequence[object]) -> float | None:
@@ -186,9 +184,7 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 
 def _points(metrics: Sequence[Record], split: str, name: str) -> np.ndarray:
     """(n, 2): step and value, of the finite values in the rows of ``split``."""
-    pairs = [
-        (row["step"], row[name]) for row in metrics if row.get("split") == split and row.get(name) is not None
-    ]
+    pairs = [(row["step"], row[name]) for row in metrics if row.get("split") == split and row.get(name) is not None]
     points = np.array(pairs, dtype=float).reshape(-1, 2)
     return points[np.isfinite(points).all(axis=1)]
 

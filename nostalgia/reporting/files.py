@@ -54,9 +54,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise NotFoundError(
-            f"{path}: not a complete JSON file ({error}); delete it or write it again"
-        ) from None
+        raise NotFoundError(f"{path}: not a complete JSON file ({error}); delete it or write it again") from None
 
 
 def read_text(path: Path) -> str:

@@ -162,18 +162,14 @@ def _checked_matrix(matrix: Any, size: int, file: Path) -> list[list[float | Non
     return matrix
 
 
-def _checked_row(
-    row: Any, size: int, file: Path, name: str, required: bool = False
-) -> list[float | None] | None:
+def _checked_row(row: Any, size: int, file: Path, name: str, required: bool = False) -> list[float | None] | None:
     if row is None and not required:
         return None
     if not isinstance(row, list) or len(row) != size:
         raise NotFoundError(f"{file}: {name} must be a list of {size} numbers or nulls, found {_short(row)}")
     for value in row:
         if value is not None and not (_is_finite(value) and 0 <= value <= 1):
-            raise NotFoundError(
-                f"{file}: {name} holds {_short(value)}, an accuracy is a fraction between 0 and 1"
-            )
+            raise NotFoundError(f"{file}: {name} holds {_short(value)}, an accuracy is a fraction between 0 and 1")
     return row
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from nostalgia.reporting.csv_log import METRICS_COLUMNS, CsvLog
 from nostalgia.reporting.files import write_atomic
 
 Warn = Callable[[str], None]
+WANDB_START_SECONDS = 30.0  # a run without a network waits so long, once, and goes on without W&B
+WANDB_FINISH_SECONDS = 120.0
 
 
 class CsvTracker(GeneralTracker):
@@ -46,6 +49,7 @@ class CsvTracker(GeneralTracker):
     ) -> None:
         """Write ``row`` as of ``step``; values without a row (eigenvalues, memory) are in other files."""
         if row is not None:
+            check_there(self.path)
             self.file.write({"step": step, **row})
 
     @on_main_process
@@ -74,6 +78,11 @@ class TensorBoardLog(TensorBoardTracker):
     @on_main_process
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         super().log_images(values, step=step, dataformats="NHWC", **kwargs)
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        check_there(Path(self.logging_dir))
+        super().log(values, step=step, **kwargs)
 
 
 class WandBLog(WandBTracker):
@@ -144,8 +153,16 @@ def tracker_errors() -> tuple[type[Exception], ...]:
 
 
 def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if text in ("", "<no message>"):
+        text = type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def check_there(path: Path) -> None:
+    """Raise OSError where a file or folder was taken away: what is written into it would be lost without a word."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there any more")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -196,8 +213,22 @@ def wandb_tracker(
         mode=mode,
         dir=str(folder),
         # Its copy of the console would fight the progress display.
-        settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        settings=wandb.Settings(
+            console="off", silent=True, init_timeout=WANDB_START_SECONDS, **_upload_limit(wandb.Settings)
+        ),
     )
+
+
+def _upload_limit(settings: Any) -> dict[str, Any]:
+    """At the run's end W&B would wait for a lost network without end; what is not sent stays for ``wandb sync``."""
+    limit = {"finish_timeout": WANDB_FINISH_SECONDS, "finish_timeout_raises": True}
+    return {key: value for key, value in limit.items() if key in getattr(settings, "model_fields", {})}
+
+
+def _without_traceback(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer dies in its thread and raises the same at the next write: that is the one line to show."""
+    if args.thread is None or type(args.thread).__module__.split(".")[0] != "tensorboard":
+        threading.__excepthook__(args)
 
 
 def make_trackers(
@@ -212,6 +243,7 @@ def make_trackers(
     """The started trackers; ``wandb`` holds `wandb_tracker`'s options, None leaves it out."""
     makers: dict[str, Callable[[], GeneralTracker]] = {"csv": lambda: CsvTracker(run_dir / "metrics.csv")}
     if tensorboard:
+        threading.excepthook = _without_traceback
         makers["tensorboard"] = lambda: TensorBoardLog("tensorboard", save_dir or run_dir)
     if wandb is not None:
         makers["wandb"] = lambda: wandb_tracker(run_dir, **{"save_dir": save_dir, "resume": resume, **wandb})

@@ -51,9 +51,7 @@ def plot_all(results_dir: Path, *, log_csv: Path | None = None, mem_csv: Path | 
     except OSError as error:
         raise UsageError(f"{folder / 'figures'}: cannot be written ({error.strerror})") from None
     if not drawn.made:
-        raise NotFoundError(
-            f"--results_dir {results_dir}: nothing to draw; {'; '.join(run.problems.values())}"
-        )
+        raise NotFoundError(f"--results_dir {results_dir}: nothing to draw; {'; '.join(run.problems.values())}")
     return drawn
 
 
@@ -63,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw every figure a run folder allows into RESULTS_DIR/figures.",
         epilog="example: python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results",
     )
-    parser.add_argument(
-        "--results_dir", type=Path, required=True, help="RUN_DIR/results of any run, old or partial"
-    )
+    parser.add_argument("--results_dir", type=Path, required=True, help="RUN_DIR/results of any run, old or partial")
     parser.add_argument("--log_csv", type=Path, help="read this instead of RUN_DIR/metrics.csv")
     parser.add_argument("--mem_csv", type=Path, help="read this instead of RUN_DIR/memory.csv")
     return parser

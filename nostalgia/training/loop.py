@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import get_scheduler
 
+from nostalgia.checkpoint.store import understood
 from nostalgia.data.stream import TaskLoader
 from nostalgia.errors import RunFailedError
 from nostalgia.methods.base import StepRule
@@ -160,6 +161,12 @@ class Training:
 
         Raises NotFoundError, naming ``source``, where the state is not one of this phase.
         """
+        with understood(source):
+            self._restore(state, source)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _restore(self, state: PhaseState, source: str) -> None:
         position = state.position
         self.epoch, self.step, self.taken = position["epoch"], position["step"], position["taken"]
         self._make_optimizer_state(tensors.broadcast_object(sorted(state.tensors)))
@@ -171,8 +178,6 @@ class Training:
         vectors = {f"rule/{name}": vector.clone() for name, vector in self.rule.vectors().items()}
         tensors.from_main(vectors, state.tensors, source)
         self.rule.load_vectors({name.removeprefix("rule/"): vector for name, vector in vectors.items()})
-
-    # -- inside ----------------------------------------------------------------------------------------------------
 
     def _run_epoch(self) -> None:
         phase = self.phase

@@ -16,6 +16,8 @@ from nostalgia.errors import RunFailedError
 from nostalgia.methods.base import StepRule
 from nostalgia.training.task_model import count_correct, loss_sum
 
+LEAST_SCALE = 1.0  # of the float16 loss: 17 steps skipped in a row, from Accelerate's first scale
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -41,8 +43,8 @@ def train_step(
 ) -> StepResult:
     """Take one step on the mean loss of all samples of ``step``, over all ranks and micro-batches.
 
-    Raises RunFailedError, on every rank alike, when the gradient is not finite (with float16 the scaler skips the step
-    instead).
+    Raises RunFailedError, on every rank alike, when the gradient is not finite. With float16 the scaler skips the step
+    instead and halves its scale; the error comes once that is below `LEAST_SCALE`, when nothing is learned any more.
     """
     optimizer.zero_grad(set_to_none=True)
     total_loss, correct = [], []
@@ -62,6 +64,8 @@ def train_step(
     if accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
         raise RunFailedError(_non_finite(accelerator, step, total_loss, grad_norm))
     rule.step(optimizer)
+    if optimizer.step_was_skipped and accelerator.scaler is not None and accelerator.scaler.get_scale() < LEAST_SCALE:
+        raise RunFailedError(_non_finite(accelerator, step, total_loss, grad_norm))
     return StepResult(
         loss_sum=torch.stack(total_loss).sum(),
         correct=torch.stack(correct).sum(),

@@ -37,9 +37,7 @@ def loss_sum(logits: Sequence[Tensor], batch: Batch, label_smoothing: float = 0.
     for head, outputs in enumerate(logits):
         mine = batch.valid & (batch.tasks == head)
         labels = torch.where(mine, batch.labels, 0)
-        losses = F.cross_entropy(
-            outputs.to(total.dtype), labels, reduction="none", label_smoothing=label_smoothing
-        )
+        losses = F.cross_entropy(outputs.to(total.dtype), labels, reduction="none", label_smoothing=label_smoothing)
         total = total + torch.where(mine, losses, 0.0).sum()
     return total
 

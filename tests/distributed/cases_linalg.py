@@ -31,9 +31,7 @@ def whole_parameters() -> dict[str, Tensor]:
 def sharded_parameters() -> dict[str, Tensor]:
     """FSDP2's shards on the CPU, of the same size: uneven ones, and empty ones from two ranks on."""
     torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Linear(7, 5), nn.Linear(3, 1, bias=False), nn.BatchNorm1d(1), nn.Linear(3, 3)
-    ).double()
+    module = nn.Sequential(nn.Linear(7, 5), nn.Linear(3, 1, bias=False), nn.BatchNorm1d(1), nn.Linear(3, 3)).double()
     module[3].bias = None
     module.extra = nn.Parameter(torch.randn(6, dtype=torch.float64))
     fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -161,9 +159,7 @@ def check_subspaces() -> list[list[float]]:
         torch.testing.assert_close(average.eigenvalues, expected_average.eigenvalues, **FLOAT64)
         assert float(principal_angles(full(space, average.basis), expected_average.basis, alone).max()) < 1e-9
         angles = principal_angles(old, new, space)
-        torch.testing.assert_close(
-            angles, principal_angles(whole_old, whole_new, alone), rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(angles, principal_angles(whole_old, whole_new, alone), rtol=1e-10, atol=1e-10)
         results.append(angles.tolist())
     return results
 
@@ -241,9 +237,7 @@ def check_backend() -> dict[str, list[float]]:
         operator = DenseOperator(spectrum_matrix(torch.linspace(-1, 3, SIZE)), space)
         backend = SpaceBackend(space)
         samples = trace(operator, num_matvecs=10, method="hutchinson", seed=0, backend=backend).samples
-        density = spectral_density(
-            operator, num_runs=2, lanczos_steps=20, seed=0, backend=backend, num_grid_points=50
-        )
+        density = spectral_density(operator, num_runs=2, lanczos_steps=20, seed=0, backend=backend, num_grid_points=50)
         results[placement] = [
             *samples.tolist(),
             *density.density.tolist(),

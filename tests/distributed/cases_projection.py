@@ -176,7 +176,7 @@ def filled_memory(
 ) -> CurvatureMemory:
     space = VectorSpace.of(parameters)
     memory = CurvatureMemory(COLUMNS, placement=placement, dtype=dtype)
-    memory.load(basis, torch.arange(COLUMNS, 0, -1), tasks=1, space=space)
+    memory.load(space.slice_flat(basis), torch.arange(COLUMNS, 0, -1), tasks=1, space=space)
     here = {"replicated": space.size, "sharded": space.local_size, "auto": space.local_size}[placement]
     assert memory.basis is not None
     assert memory.basis.shape == (COLUMNS, here)

@@ -16,12 +16,15 @@ from nostalgia.config.checks import check_launch
 from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from nostalgia.parallel.coordination import from_main
-from nostalgia.reporting.drawing import Drawn
+from nostalgia.reporting.drawing import Drawn, run_drawers
+from nostalgia.reporting.run_folder import read_run
 
 WORDS = (
-    "--suite", "demo", "--quiet", "train.epochs=3", "train.warmup_epochs=0", "train.head_warmup_epochs=1",
-    "train.lr=3e-3", "train.log_every_n_steps=1", "nostalgia.top_k=4", "nostalgia.num_samples=63",
-    "nostalgia.tol=0.01", "nostalgia.guard_every_n_steps=5",
+    "--suite", "demo", "--quiet", "model.config.hidden_size=32", "model.config.intermediate_size=64",
+    "model.config.patch_size=4", "train.epochs=2", "train.warmup_epochs=0", "train.head_warmup_epochs=1",
+    "train.lr=3e-3", "train.log_every_n_steps=1", "nostalgia.top_k=4", "nostalgia.num_samples=31",
+    "nostalgia.tol=0.01", "nostalgia.guard_every_n_steps=5", "nostalgia.spectral_density=true",
+    "nostalgia.density_runs=2", "nostalgia.density_steps=4",
     "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
 )  # fmt: skip
 
@@ -62,6 +65,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
     return {
         "leaks": [float(row[leak]) for row in rows[1:] if row[leak]],
         "accuracies": json.loads((folder / "results/results.json").read_text())["accuracy_matrix"],
+        "spectrum_panels": len(run_drawers(read_run(folder))["spectrum"]().axes),
         "curvature": [json.loads(path.read_text()) for path in sorted((folder / "curvature").glob("*.json"))],
     }
 

@@ -32,9 +32,7 @@ def run_ranks(case: str, world_size: int, timeout: float = 240, **kwargs: Any) -
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [*launch_command(world_size), "-m", "tests.distributed.worker", case, json.dumps(kwargs), folder]
-        done = subprocess.run(
-            command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=timeout
-        )
+        done = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=timeout)
         if done.returncode != 0:
             raise AssertionError(f"{case} failed on {world_size} ranks:\n{done.stdout}\n{done.stderr}")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]

@@ -10,9 +10,7 @@ from tests.distributed.harness import run_ranks
 @pytest.fixture(scope="module")
 def outcome():
     """What each rank returned, by number of ranks; the checks inside the ranks have passed."""
-    return {
-        ranks: run_ranks("tests.distributed.cases_linalg:check_all", world_size=ranks) for ranks in (1, 2, 3)
-    }
+    return {ranks: run_ranks("tests.distributed.cases_linalg:check_all", world_size=ranks) for ranks in (1, 2, 3)}
 
 
 def test_every_rank_holds_its_part(outcome):

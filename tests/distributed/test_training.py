@@ -18,6 +18,7 @@ def runs():
     """Every rank's account of each run, by name."""
     one = {"one": ["dataset.batch_size=32", *FLOAT64]}
     two = {name: ["dataset.batch_size=16", *FLOAT64] for name in ("ddp", "fsdp")}
+    two["sharded bfloat16"] = [*two["ddp"], "nostalgia.basis_placement=sharded", "nostalgia.basis_dtype=bfloat16"]
     with ThreadPoolExecutor() as pool:
         groups = [pool.submit(run_ranks, CASE, ranks, runs=words) for ranks, words in ((1, one), (2, two))]
         (alone,), pair = (group.result() for group in groups)
@@ -29,8 +30,8 @@ def test_every_step_is_that_of_one_process(runs, strategy):
     """Losses, gradient norms and projected fractions of warm-ups, task 1 and a projected task 2."""
     expected = runs["one"][0]["steps"]
     projected = [i for i, (_, _, fraction) in enumerate(expected) if fraction is not None]
-    assert len(expected) >= 80
-    assert len(projected) >= 27
+    assert len(expected) >= 60
+    assert len(projected) >= 18
     assert max(expected[i][2] for i in projected) > 0.01
     for rank in runs[strategy]:
         assert len(rank["steps"]) == len(expected)
@@ -53,10 +54,38 @@ def test_curvature_and_accuracies_are_those_of_one_process(runs, strategy):
         for a, b, images in zip(mine, its, VALIDATION, strict=True):
             assert (a is None) == (b is None)
             assert a is None or abs(a - b) * images <= 2.01
-    assert alone["accuracies"][0][0] > 0.6  # it learned something, so that the comparison says something
+    assert alone["accuracies"][0][0] > 0.9  # it learned something, so that the comparison says something
 
 
 def test_nothing_leaks(runs):
+    """Measured against the rows of Q as they are stored, bfloat16 ones too."""
     for ranks in runs.values():
-        assert len(ranks[0]["leaks"]) == 3
+        assert len(ranks[0]["leaks"]) == 2
         assert max(ranks[0]["leaks"]) <= 1e-12
+
+
+def test_a_sharded_bfloat16_basis_serves_as_well(runs):
+    """An eighth of the bytes of the replicated float64 one, the same accuracies within a few images."""
+    (small,), (whole,) = runs["sharded bfloat16"][:1], runs["ddp"][:1]
+    for mine, its in zip(small["curvature"], whole["curvature"], strict=True):
+        basis, replicated = mine["memory_basis"], its["memory_basis"]
+        assert (basis["placement"], basis["dtype"]) == ("sharded", "bfloat16")
+        assert (replicated["placement"], replicated["dtype"]) == ("replicated", "float64")
+        assert replicated["reason"].startswith("auto: ")
+        assert basis["bytes_per_rank"] * 8 == replicated["bytes_per_rank"]
+    assert small["steps"][:27] == whole["steps"][:27]  # nothing is projected in task 1
+    assert small["steps"] != whole["steps"]
+    for mine, its in zip(small["accuracies"], whole["accuracies"], strict=True):
+        for a, b, images in zip(mine, its, VALIDATION, strict=True):
+            assert a is None or abs(a - b) * images <= 4.01
+
+
+def test_the_spectrum_is_that_of_one_process(runs):
+    """hessian-eigenthings' density and trace on distributed operators, in the files and as a panel of the figure."""
+    for name in ("ddp", "fsdp"):
+        for mine, alone in zip(runs[name][0]["curvature"], runs["one"][0]["curvature"], strict=True):
+            assert mine["trace"] == pytest.approx(alone["trace"], rel=1e-6)
+            for part in ("grid", "density"):
+                assert mine["density"][part] == pytest.approx(alone["density"][part], rel=1e-5, abs=1e-8)
+            assert mine["density_products"] == 12
+    assert [ranks[0]["spectrum_panels"] for ranks in runs.values()] == [2] * 4

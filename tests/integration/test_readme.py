@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.train --help": (HERE, ""),
     "python -m nostalgia.train --suite demo --dry-run": (HERE, ""),
     "launch/debug.sh --suite demo": (LATER, f"=python -m nostalgia.train --debug --suite demo {RUN}"),
-    "python -m nostalgia.train --suite demo": (HERE, RUN + " logger.tensorboard=true"),
+    "python -m nostalgia.train --suite demo": (HERE, RUN + " logger.tensorboard=true nostalgia.predict_forgetting=true"),
     "python -m nostalgia.train --suite demo method=finetune": (LATER, RUN + " experiment.name=other"),
     "python -m nostalgia.train dataset=digits experiment.split=classes experiment.num_tasks=5 model=vit_tiny": (
         LATER, RUN + " experiment.num_tasks=2",
@@ -84,6 +84,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results": (HERE, ""),
     "python -m nostalgia.reporting.compare runs/demo/latest": (HERE, ""),
     "python -m nostalgia.evaluate runs/demo/latest": (HERE, ""),
+    "python -m nostalgia.report runs/demo/latest": (HERE, ""),
+    "python -m nostalgia.report runs/demo/nostalgia/seed0 runs/demo/finetune/seed0 --out report.html": (
+        HERE, "=python -m nostalgia.report runs/demo/latest runs/other/latest --out report.html",
+    ),
     "python -m nostalgia.train --config runs/demo/latest/config.yaml": (LATER, ""),
 }  # fmt: skip
 

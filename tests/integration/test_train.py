@@ -55,7 +55,8 @@ def test_a_run_leaves_its_files(runs: dict[int, Path]) -> None:
     assert found["fwt"] is not None
     for name in ("config.yaml", "metrics.csv", "memory.csv", "tensorboard", "curvature/task1.json",
                  "curvature/task3.safetensors", "results/per_task_acc.json", "results/accuracy_matrix.csv",
-                 "results/figures/accuracy_matrix.png", "results/figures/spectrum.png"):  # fmt: skip
+                 "results/figures/accuracy_matrix.png", "results/figures/spectrum.png", "results/report.html",
+                 "results/figures/importance.png", "results/figures/forgetting_prediction.png"):  # fmt: skip
         assert (folder / name).exists(), name
 
 

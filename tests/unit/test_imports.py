@@ -20,7 +20,7 @@ TIERS = (
     ("errors",),
     ("linalg", "config"),
     ("parallel",),
-    ("data", "models"),
+    ("data", "models", "checkpoint"),
     ("curvature",),
     ("projection",),
     ("methods",),
@@ -88,9 +88,9 @@ def level(module: str) -> int:
 
 def descends(found: Import) -> bool:
     """Whether an import breaks the order: to a higher tier, or to a neighbour of the same one."""
-    if package(found.source) == package(found.target) and level(found.source) < TOP:
+    if level(found.source) == TOP or found.target == "nostalgia":  # the package's own version and names
         return False
-    return level(found.target) >= level(found.source) if level(found.source) < TOP else False
+    return package(found.source) != package(found.target) and level(found.target) >= level(found.source)
 
 
 def knows_configuration(module: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nostalgia.config import parse, save
 from nostalgia.config.checks import check_launch
@@ -106,9 +107,9 @@ def test_what_the_launcher_decides() -> None:
 def test_every_data_set_of_the_catalog_has_a_file() -> None:
     from nostalgia.data.catalog import CATALOG
 
-    assert {path.stem for path in (config_folder() / "dataset").glob("*.yaml")} == set(CATALOG)
-    for name in CATALOG:
-        assert parse([f"dataset={name}"]).config.dataset.name == name
+    files = (config_folder() / "dataset").glob("*.yaml")
+    assert {path.stem: yaml.safe_load(path.read_text())["name"] for path in files} == {name: name for name in CATALOG}
+    assert parse(["dataset=imagenet-r"]).config.dataset.name == "imagenet-r"
 
 
 @pytest.mark.parametrize(

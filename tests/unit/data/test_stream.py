@@ -74,12 +74,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared([load_source(str(folder)).train], [("invert",)], 8)
 
 
-def test_worker_processes_change_nothing(files: Prepared) -> None:
-    alone, helped = (loader(files, 4, num_workers=n, augment="crop_flip") for n in (0, 2))
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_worker_processes_change_nothing(files: Prepared, workers: int) -> None:
+    """Neither batches nor the process's random state, which dropout draws from."""
+    alone, helped = (loader(files, 4, num_workers=n, augment="crop_flip") for n in (0, workers))
+    before = torch.get_rng_state()
     for epoch in (1, 2):
         for a, b in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
             for field in ("images", "labels", "valid", "indices", "tasks"):
                 assert torch.equal(getattr(a.micro_batches[0], field), getattr(b.micro_batches[0], field))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_workers_take_up_a_new_epoch_after_one_that_was_left(files: Prepared) -> None:

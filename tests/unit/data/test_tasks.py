@@ -9,8 +9,8 @@ import torch
 
 from nostalgia.data.source import Source, stratified_split
 from nostalgia.data.sources import load_source
-from nostalgia.data.tasks import TaskSpec, build_tasks, expand_specs, head_classes
-from nostalgia.errors import UsageError
+from nostalgia.data.tasks import Missing, TaskSpec, build_tasks, expand_specs, find_tasks, head_classes
+from nostalgia.errors import NotFoundError, UsageError
 from tests.unit.data.trees import write_tree
 
 
@@ -143,3 +143,24 @@ def test_a_head_goes_on_over_another_data_set_by_the_names_of_classes(tmp_path: 
 def test_a_head_that_is_not_there(entry: object, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         build_tasks(expand_specs(["digits", {"dataset": "digits", "head": entry}], "x"), load, seed=0)
+
+
+def test_tasks_are_all_found_or_missing() -> None:
+    entries = [
+        "digits",
+        "nothing",
+        {"dataset": "digits", "head": "task2_nothing"},
+        {"dataset": "digits", "head": "task1_digits"},
+    ]
+
+    def some(name: str) -> Source:
+        if name == "nothing":
+            raise NotFoundError("not there")
+        return load(name)
+
+    found = find_tasks(expand_specs(entries, "x"), some, seed=0)
+    assert [one.name for one in found] == ["task1_digits", "task2_nothing", "task3_digits", "task4_digits"]
+    assert [one.why for one in found if isinstance(one, Missing)] == [
+        "not there", "it goes on with the head of task2_nothing",
+    ]  # fmt: skip
+    assert found[3].head == "task1_digits"

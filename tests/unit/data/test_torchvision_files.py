@@ -86,6 +86,16 @@ def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(str(caught.value).splitlines()) <= 12
 
 
+def test_a_download_that_fails_leaves_nothing_that_looks_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tvd.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    for _ in range(2):
+        with pytest.raises(NotFoundError, match=r"torchvision MNIST in .*: download failed"):
+            load_source("mnist", root=tmp_path / "data", download=True)
+    assert not (tmp_path / "data" / "MNIST").exists()
+
+
 def test_nothing_is_left_behind_by_looking(tmp_path: Path) -> None:
     for name in ("caltech256", "dtd", "eurosat", "flowers102", "food101", "svhn"):
         with pytest.raises(NotFoundError, match="not there"):

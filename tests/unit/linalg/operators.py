@@ -26,13 +26,21 @@ class DenseOperator:
         return self.space.scatter([p.view(s) for p, s in zip(parts, self.space.shapes, strict=True)])
 
 
+class Diagonal:
+    """A diagonal matrix on one process: large spaces at little cost."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.space = values, VectorSpace.of({"values": values}, placement="local")
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.values * v
+
+
 def spectrum_matrix(eigenvalues: list[float] | Tensor, seed: int = 0) -> Tensor:
     """Symmetric float64 matrix with these eigenvalues and random eigenvectors."""
     values = torch.as_tensor(eigenvalues, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(
-        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
-    )
+    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
     matrix = (basis * values) @ basis.T
     return (matrix + matrix.T) / 2
 

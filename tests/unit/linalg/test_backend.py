@@ -25,9 +25,7 @@ def test_hutchinson_trace():
     assert abs(result.estimate - float(matrix.trace())) < 4 * result.stderr
     assert 0 < result.stderr < 2.0
     assert len(set(result.samples.tolist())) == 200  # every draw is another vector
-    gaussian = trace(
-        operator, num_matvecs=50, method="hutchinson", distribution="gaussian", seed=0, backend=backend
-    )
+    gaussian = trace(operator, num_matvecs=50, method="hutchinson", distribution="gaussian", seed=0, backend=backend)
     assert abs(gaussian.estimate - float(matrix.trace())) < 4 * gaussian.stderr
 
 

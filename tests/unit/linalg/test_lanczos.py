@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.krylov import MAX_PARKED
-from nostalgia.linalg.lanczos import lanczos
+from nostalgia.linalg.lanczos import _largest_weight, lanczos
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.linalg.vector_space import VectorSpace
-from tests.unit.linalg.operators import DenseOperator, shapes_of, spectrum_matrix
+from tests.unit.linalg.operators import DenseOperator, Diagonal, shapes_of, spectrum_matrix
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -125,7 +125,7 @@ def test_the_basis_stays_orthonormal(name, dtype):
 
 
 def test_a_probe_ends_the_solve_and_a_longer_one_where_copies_were_found():
-    for name, trailing in (("spiked", 8), ("five copies among eight", 16)):
+    for name, trailing in (("spiked", 4), ("five copies among eight", 16)):
         eigenvalues, k = SPECTRA[name]
         _, operator = make(eigenvalues)
         steps = []
@@ -133,6 +133,45 @@ def test_a_probe_ends_the_solve_and_a_longer_one_where_copies_were_found():
         settled = [step.converged == k for step in steps]
         assert settled[-trailing - 1 :] == [True] * (trailing + 1), name
         assert len(steps) - settled.index(True) - 1 >= trailing
+
+
+@pytest.mark.parametrize(("edge", "products"), [(0.3, 4), (1.5, 6), (2.9, 8)])
+def test_a_probe_takes_as_many_products_as_telling_a_copy_takes(edge, products):
+    """Sharp where the wanted eigenvalues stand out, the whole length where they hardly do; copies are found."""
+    alone = [10.0, 9, 8, 7, 6, 5, 4, 3.2, 3]
+    for copy in (None, 3.0, 10.0):
+        found = 0
+        for seed in range(4):
+            values = torch.tensor(alone + [copy] * (copy is not None) + bulk(1990, edge)).double()
+            operator = Diagonal(values)
+            pairs = lanczos(operator, 9, seed=seed)
+            found += bool(((pairs.eigenvalues - values.sort(descending=True).values[:9]).abs() < 1e-2).all())
+            if copy is None:
+                assert pairs.products - lanczos(operator, 9, seed=seed, probe=0).products <= products
+        assert found >= 3
+
+
+def test_what_a_starting_vector_can_hide_is_bounded():
+    """The Christoffel function of exact arithmetic: at an eigenvalue, never below the vector's true weight on it."""
+    values = torch.linspace(-1, 1, 30, dtype=torch.float64)
+    start = torch.randn(30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    start /= start.norm()
+    rows, chain = [start], []
+    for _ in range(8):
+        product = values * rows[-1]
+        diagonal = float(rows[-1] @ product)
+        for _ in range(2):
+            for row in rows:
+                product = product - (row @ product) * row
+        chain.append([diagonal, float(product.norm())])
+        rows.append(product / product.norm())
+    bounds = torch.tensor([_largest_weight(torch.tensor(chain), value) for value in values.tolist()])
+    assert bool((bounds >= start.square() * (1 - 1e-9)).all())
+    # It is the least |p(A) x|^2 with p(1) = 1, a least-squares problem.
+    powers = torch.stack([values**i * start for i in range(9)], dim=1)
+    difference = powers[:, 1:] - powers[:, :1]  # p = 1 + sum c_i (t^i - 1)
+    least = start + difference @ torch.linalg.lstsq(difference, -start[:, None]).solution[:, 0]
+    assert float(bounds[-1]) == pytest.approx(float(least @ least), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

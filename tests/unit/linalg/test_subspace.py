@@ -56,9 +56,7 @@ def test_orthonormalise_drops_what_adds_nothing(dtype):
     space = make_space(dtype)
     e = random_basis(4, space)
     inside = (e[0] + e[1]) / math.sqrt(2)
-    rows = torch.stack(
-        [e[0], e[1], 5 * (inside + 0.9e-3 * e[2]), inside + 1.1e-3 * e[2], 0 * e[0], e[1], e[3]]
-    )
+    rows = torch.stack([e[0], e[1], 5 * (inside + 0.9e-3 * e[2]), inside + 1.1e-3 * e[2], 0 * e[0], e[1], e[3]])
     basis, kept = orthonormalise(rows, space)
     assert kept.tolist() == [True, True, False, True, False, False, True]
     assert_orthonormal(basis)
@@ -108,9 +106,7 @@ def dense_sum(pairs):
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_union_against_eigh(dtype, tol):
     space = make_space(dtype)
-    pairs = [
-        (random_basis(4, space, seed), torch.linspace(5, 1, 4).double() * (seed + 1)) for seed in range(3)
-    ]
+    pairs = [(random_basis(4, space, seed), torch.linspace(5, 1, 4).double() * (seed + 1)) for seed in range(3)]
     merged = merge_union(pairs, 100, space)
     values, vectors = torch.linalg.eigh(dense_sum(pairs))
     torch.testing.assert_close(merged.eigenvalues, values.flip(0)[:12], rtol=tol, atol=tol)
@@ -189,9 +185,7 @@ def test_principal_angles_at_both_ends(angle):
         (second, torch.stack([e[0], e[3], e[4]])),
     ):
         angles = principal_angles(first, other, space)
-        torch.testing.assert_close(
-            angles, torch.tensor([0.0, angle], dtype=torch.float64), atol=3e-15, rtol=1e-12
-        )
+        torch.testing.assert_close(angles, torch.tensor([0.0, angle], dtype=torch.float64), atol=3e-15, rtol=1e-12)
 
 
 @settings(max_examples=20, deadline=None)

@@ -20,9 +20,7 @@ SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=
 @given(shapes=SHAPES, world_size=st.integers(1, 7), placement=st.sampled_from(["sliced", "sharded"]))
 def test_every_number_is_held_once(shapes, world_size, placement):
     layout = Layout([torch.Size(shape) for shape in shapes], placement, world_size)
-    held = [
-        i for rank in range(world_size) for low, high in layout.flat_ranges(rank) for i in range(low, high)
-    ]
+    held = [i for rank in range(world_size) for low, high in layout.flat_ranges(rank) for i in range(low, high)]
     assert sorted(held) == list(range(layout.size))
     assert sum(layout.local_sizes) == layout.size
     assert layout.padded == max(layout.local_sizes)

@@ -122,13 +122,16 @@ def test_the_architecture_of_a_folder_without_its_weights(tmp_path):
     assert projected_parameters(backbone)
 
 
-def test_a_network_without_image_processor_says_that_it_assumes_a_normalisation(tmp_path, caplog):
+def test_a_network_without_image_processor_says_that_it_assumes_a_normalisation(tmp_path, caplog, monkeypatch):
     save_classifier(tmp_path, processor=False)
     assert load(tmp_path).mean == (0.5, 0.5, 0.5)
     assert "preprocessor_config.json" in caplog.text
     caplog.clear()
     told = load(tmp_path, config={"image_mean": [0.1, 0.2, 0.3], "image_std": 0.4})
     assert (told.mean, told.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    assert caplog.text == ""
+    monkeypatch.setenv("RANK", "1")  # of two ranks, one says so
+    load(tmp_path)
     assert caplog.text == ""
 
 

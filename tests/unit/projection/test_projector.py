@@ -10,6 +10,7 @@ from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.projection import CurvatureMemory, GradientProjector
+from nostalgia.projection import projector as projector_module
 
 
 def pairs(model: nn.Module, k: int, seed: int = 0, converged: bool = True) -> Eigenpairs:
@@ -59,7 +60,13 @@ def test_gradient_projection_is_the_dense_one() -> None:
     assert float(fraction) == pytest.approx(float((q @ before).square().sum() / before.square().sum()), rel=1e-12)
 
 
-def test_constrained_step_is_the_dense_formula_in_adams_metric() -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(64, 1 << 14), (2, 16), (5, 7)])
+def test_constrained_step_is_the_dense_formula_in_adams_metric(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece, and in blocks of ``rows`` and ``columns`` of Q with incomplete last ones."""
+    monkeypatch.setitem(projector_module.ROWS, "cpu", rows)
+    monkeypatch.setitem(projector_module.CHUNK, "cpu", columns)
     model, memory, projector = setup()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
     twin = torch.nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()

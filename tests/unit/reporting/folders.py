@@ -65,9 +65,35 @@ def write_curvature(folder: Path, tasks: list[str] = TASKS) -> None:
             "tol": 0.01,
             "memory_eigenvalues": [4.0, 2.0],
             "principal_angles": {tasks[u]: [0.1, 0.7, 1.5] for u in range(t)},
+            "trace": 8.0,
+            "parameters": ["blocks.0.weight", "blocks.0.bias", "norm.weight"],
+            "parameter_sizes": [60, 30, 10],
+            "importance": [0.5, 0.3, 0.2],
+            "memory_importance": [0.6, 0.3, 0.1],
         }
         (folder / "curvature").mkdir(exist_ok=True)
         (folder / "curvature" / f"task{t + 1}.json").write_text(json.dumps(content))
+
+
+def write_forgetting(folder: Path, tasks: list[str] = TASKS) -> None:
+    rows = [
+        {
+            "task": tasks[u],
+            "after": tasks[t],
+            "measured": 0.02 * t,
+            "predicted": 0.015 * t,
+            "linear": 0.01 * t,
+            "inside": 1e-9,
+            "outside": 0.005 * t,
+            "bound": 0.4 * t,
+            "displacement": 1.25,
+        }
+        for t in range(len(tasks))
+        for u in range(t)
+    ]
+    finished = [{"task": task, "loss": 0.1, "trace": 8.0, "trace_error": 0.1, "eigenpairs": 3} for task in tasks]
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / "forgetting_prediction.json").write_text(json.dumps({"tasks": finished, "rows": rows}))
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
@@ -76,6 +102,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
     (folder / "config.yaml").write_text(f"method:\n  name: {changes.get('method', 'nostalgia')}\n")
     write_metrics(folder)
     write_curvature(folder)
+    write_forgetting(folder)
     memory = CsvLog(folder / "memory.csv", MEMORY_COLUMNS)
     for step in (5, 10):
         for rank in (0, 1):

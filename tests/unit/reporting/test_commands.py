@@ -25,6 +25,11 @@ FIGURES = {
     "memory",
     "spectrum",
     "subspace_overlap",
+    "importance",
+    "curvature_share",
+    "forgetting_prediction",
+    "projection",
+    "throughput",
 }
 
 
@@ -36,9 +41,7 @@ def test_a_finished_run_gets_all_figures(tmp_path: Path, capsys: pytest.CaptureF
     assert "not made" not in capsys.readouterr().out
 
 
-def test_a_run_that_broke_off_is_drawn_from_its_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_broke_off_is_drawn_from_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(tmp_path, TASKS[:2])
     assert plot_all.main(["--results_dir", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
@@ -95,9 +98,7 @@ def test_refusals(
     assert error.count("\n") == 1
 
 
-def test_figures_that_cannot_be_written_are_wrong_usage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_that_cannot_be_written_are_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     (run / "results" / "figures").write_text("a file in the way")
     assert plot_all.main(["--results_dir", str(run / "results")]) == 2

@@ -72,9 +72,7 @@ def test_start_panel_says_everything_within_80_columns() -> None:
 
 
 def test_start_panel_of_a_method_that_projects_nothing() -> None:
-    text = console.plain(
-        console.start_panel(run_info(projected="", basis_columns=0, suite=None, epochs=[1, 2]))
-    )
+    text = console.plain(console.start_panel(run_info(projected="", basis_columns=0, suite=None, epochs=[1, 2])))
     assert "590k trained, none projected" in text
     assert "basis" not in text
     assert "epochs   1, 2" in text
@@ -107,9 +105,7 @@ def test_the_end_of_a_task() -> None:
 
 
 def test_the_end_of_the_first_task_of_a_plain_method() -> None:
-    text = console.plain(
-        console.task_row(TaskOutcome(index=1, total=3, tasks=TASKS, matrix=[[0.9]], seconds=1.0))
-    )
+    text = console.plain(console.task_row(TaskOutcome(index=1, total=3, tasks=TASKS, matrix=[[0.9]], seconds=1.0)))
     assert "average 0.900, forgetting -" in text
     assert "eigenvalue" not in text
 
@@ -155,8 +151,6 @@ def test_config_is_printed_or_folded() -> None:
     assert stream.getvalue() == "config (runs/config.yaml)\n"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(999, "999"), (454_321, "454k"), (85_798_656, "85.8M"), (2 * 10**9, "2G")]
-)
+@pytest.mark.parametrize(("value", "text"), [(999, "999"), (454_321, "454k"), (85_798_656, "85.8M"), (2 * 10**9, "2G")])
 def test_counts(value: int, text: str) -> None:
     assert console.count(value) == text

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nostalgia.reporting import figure_style, figures, figures_curvature, figures_training
+from nostalgia.reporting import figure_style, figures, figures_curvature, figures_theory, figures_training
 from nostalgia.reporting.figures_curvature import Spectrum
 from tests.unit.reporting.folders import MATRIX, TASKS
 
@@ -112,10 +112,10 @@ def test_overlap_is_the_mean_squared_cosine() -> None:
         figures_curvature.subspace_overlap(["a"], {})
 
 
-def test_importance_is_a_share_of_the_trace_where_it_is_known() -> None:
+def test_curvature_share_is_one_of_the_trace_where_it_is_known() -> None:
     task = Spectrum("task1", [3.0, 1.0])
-    assert lines(figures_curvature.importance([task], [8.0]), "task1")[1] == pytest.approx([3 / 8, 1 / 2])
-    assert lines(figures_curvature.importance([task], [None]), "task1")[1] == pytest.approx([3 / 4, 1.0])
+    assert lines(figures_curvature.curvature_share([task], [8.0]), "task1")[1] == pytest.approx([3 / 8, 1 / 2])
+    assert lines(figures_curvature.curvature_share([task], [None]), "task1")[1] == pytest.approx([3 / 4, 1.0])
 
 
 def test_the_loss_of_a_new_task_is_no_continuation() -> None:
@@ -157,3 +157,47 @@ def test_long_names_keep_both_ends() -> None:
 def test_colours_are_apart_in_grey() -> None:
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b, _ in figure_style.sequential(6)]
     assert min(np.diff(grey)) > 0.07
+
+
+def prediction(predicted: float, measured: float, bound: float) -> dict[str, float]:
+    return {"predicted": predicted, "measured": measured, "bound": bound}
+
+
+def test_measured_stands_over_predicted_and_over_the_bound() -> None:
+    rows = {"task1": [prediction(0.1, 0.2, 0.5), prediction(-0.1, 0.3, 0.0)], "task2": [prediction(0.4, 0.1, 0.05)]}
+    figure = figures_theory.forgetting_prediction(rows)
+    assert lines(figure, "task1") == ([0.1, -0.1], [0.2, 0.3])
+    assert lines(figure, "task1", panel=1) == ([0.5], [0.2])  # a bound of zero has no place on a logarithmic axis
+    assert lines(figure, "task2", panel=1) == ([0.05], [0.1])
+    left, right = figure.axes[:2]
+    assert left.get_xlim() == left.get_ylim()
+    assert right.get_xscale() == "log"
+    assert len(figures_theory.forgetting_prediction({"a": [prediction(0.0, 0.0, 0.0)]}).axes) == 2
+    with pytest.raises(ValueError, match="no later task was measured"):
+        figures_theory.forgetting_prediction({"task1": []})
+
+
+def test_importance_sums_over_what_is_named_together() -> None:
+    names = ["model.0.a.weight", "model.0.a.bias", "model.1.weight"]
+    task = figures_theory.Shares("task1", names, [60, 30, 10], [0.5, 0.3, 0.2], [0.6, 0.1, 0.3])
+    figure = figures_theory.importance([task])
+    assert lines(figure, "task1")[0] == [0.5, 0.3, 0.2]
+    assert lines(figure, "if spread evenly")[0] == [0.6, 0.3, 0.1]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.6, 0.1, 0.3]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["0.a.weight", "0.a.bias", "1.weight"]
+    assert figures_theory.group_parameters(names, rows=2) == {"0.a": [0, 1], "1.weight": [2]}
+    many = [f"layers.{i}.{part}.weight" for i in range(30) for part in "ab"]
+    groups = figures_theory.group_parameters(many)
+    assert list(groups) == [str(i) for i in range(30)]
+    assert groups["7"] == [14, 15]
+    assert figures_theory.group_parameters(["only"]) == {"only": [0]}
+    with pytest.raises(ValueError, match="no shares of the parameters"):
+        figures_theory.importance([])
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path: Path) -> None:
+    name = "$\\frac{a$"
+    figure = figures.average_accuracy([name, "b"], {"one $x": [triangle(2)], "$y$": [triangle(2)]})
+    figure_style.save(figure, tmp_path / "a.png")
+    assert figure.axes[0].get_ylabel() == "mean accuracy (fraction)"
+    assert b"<svg" in figure_style.svg(figures.accuracy_matrix([name, "$b$"], [triangle(2)], "$m$"))

@@ -52,9 +52,7 @@ def test_plain_lines_are_few_and_say_where_the_run_is() -> None:
 
 def test_a_long_eigensolve_reports_in_between() -> None:
     stream, clock = io.StringIO(), Clock()
-    one_task(
-        Progress(total_tasks=3, console=make_console(stream=stream), clock=clock), clock, seconds_per_step=6.0
-    )
+    one_task(Progress(total_tasks=3, console=make_console(stream=stream), clock=clock), clock, seconds_per_step=6.0)
     assert "task 2/3 task2_digits  eigenpairs: 4/8 converged, 8 products" in stream.getvalue().splitlines()
 
 
@@ -106,9 +104,7 @@ def test_the_display_ends_with_the_error_that_ends_the_run() -> None:
     assert not progress._live.live.is_started
 
 
-@pytest.mark.parametrize(
-    "error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")]
-)
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")])
 def test_a_stream_that_fails_is_written_to_no_more(error: Exception) -> None:
     class Failing(io.StringIO):
         writes = 0

@@ -144,6 +144,9 @@ def test_wandb_offline(tmp_path: Path, accelerator: Accelerator, monkeypatch: py
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
     assert folder.name.endswith(run_id)
+    import wandb
+
+    wandb.teardown()  # its process may still be writing
     # The file `wandb sync` uploads: protobuf records whose keys and JSON values stand in it as text.
     recorded = (folder / f"run-{run_id}.wandb").read_bytes()
     assert repr(results().learning_accuracy).encode() in recorded

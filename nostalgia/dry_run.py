@@ -1,0 +1,127 @@
+"""``--dry-run``: what a run would do with the data and weights that are here, and how to get the rest.
+
+Nothing is downloaded, nothing trained. All tasks are listed, those whose data is missing too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nostalgia.config import Config, Request
+from nostalgia.data.images import ArrayImages
+from nostalgia.data.tasks import Missing, Task, find_tasks, head_classes
+from nostalgia.errors import NotFoundError
+from nostalgia.parallel.coordination import agree
+from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
+from nostalgia.reporting.streams import make_console
+from nostalgia.setup import Parts, build_parts, source_loader, task_specs
+
+MAX_LINES = 12  # of what is said of one missing data set
+
+
+def dry_run(
+    request: Request,
+    accelerator: Accelerator,
+    precision: str,
+    run_info: Callable[[Parts, Request, Path], RunInfo],
+) -> None:
+    """Print it; NotFoundError at the end, on all ranks, where data or weights are missing."""
+    config = request.config
+    found = agree(
+        accelerator,
+        lambda: find_tasks(task_specs(config), source_loader(config, download=False), config.experiment.seed),
+    )
+    console = make_console(quiet=not accelerator.is_main_process)
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    print_config(console, plain, quiet=request.quiet)  # type: ignore[arg-type]
+    tasks = [_empty(one) if isinstance(one, Missing) else one for one in found]
+    no_weights = ""
+    try:
+        parts = build_parts(config, accelerator, precision, tasks=tasks, download_weights=False)
+        console.print(start_panel(run_info(parts, request, Path(config.experiment.output_dir))))
+    except NotFoundError as error:
+        no_weights = str(error)
+    console.print(_steps_table(config, found, accelerator.num_processes))
+    missing: dict[str, list[str]] = {}  # why -> tasks
+    for one in found:
+        if isinstance(one, Missing):
+            missing.setdefault(one.why, []).append(one.name)
+    for why, names in missing.items():
+        _print_missing(console, names, why, config.dataset.download)
+    if no_weights:
+        console.print("\nweights", style="bold")
+        line = f"{no_weights}; what the basis takes is known once they are there"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _refuse([name for names in missing.values() for name in names], no_weights)
+
+
+def _refuse(missing: Sequence[str], no_weights: str) -> None:
+    what = [f"the data of {', '.join(missing)}"] if missing else []
+    what += ["the model's weights"] if no_weights else []
+    if what:
+        raise NotFoundError(f"dry run: missing on this machine: {' and '.join(what)}; above is how to get it")
+
+
+def _steps_table(config: Config, found: Sequence[Task | Missing], world_size: int) -> Table:
+    """Data, head and steps of each task, found or missing."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("task", overflow="ellipsis", no_wrap=True, max_width=26)
+    table.add_column("data", no_wrap=True)
+    for name in ("train", "val"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("head", overflow="fold")
+    table.add_column("steps", justify="right", overflow="fold")
+    outputs = head_classes([task for task in found if isinstance(task, Task)])
+    for one in found:
+        if isinstance(one, Missing):
+            table.add_row(Text(one.name), "missing", "?", "?", "?", "?")
+            continue
+        shared = "" if one.head == one.name else f" of {one.head}"
+        head = f"{len(outputs[one.head])} outputs{shared}"
+        sizes = (f"{len(one.train):,}", f"{len(one.val):,}")
+        table.add_row(Text(one.name), "found", *sizes, Text(head), _steps(config, one, world_size))
+    return table
+
+
+def _steps(config: Config, task: Task, world_size: int) -> str:
+    """``40 x 50 epochs = 2.00k``."""
+    train = config.train
+    steps = math.ceil(len(task.train) / (config.dataset.batch_size * train.gradient_accumulation_steps * world_size))
+    steps = min(steps, train.max_steps_per_epoch or steps)
+    epochs = train.epochs if train.epochs_per_task is None else train.epochs_per_task[task.index - 1]
+    return f"{steps} x {epochs} = {count(steps * epochs)}"
+
+
+def _print_missing(console: Console, names: Sequence[str], why: str, download: bool) -> None:
+    console.print(f"\n{', '.join(names)}", style="bold", highlight=False)
+    for line in why.splitlines()[:MAX_LINES]:
+        if line.strip().startswith("downloads: off"):
+            line = "  downloads: a dry run makes none" + ("; the run itself would try" if download else "")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _empty(one: Missing) -> Task:
+    """Stands for a task whose data is missing, without images or classes."""
+    nothing = ArrayImages(one.dataset, np.zeros((0, 1, 1)), [], [])
+    return Task(
+        index=one.index,
+        name=one.name,
+        dataset=one.dataset,
+        classes=(),
+        train=nothing,
+        val=nothing,
+        transform=(),
+        augment="none",
+        source="missing",
+        head=one.head or one.name,
+    )

@@ -1,0 +1,189 @@
+"""Each suite on real images, from data and weights on disk: three layouts, three networks, one process and two.
+
+A few of the combinations run every time; ``pytest -m long`` runs them all.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nostalgia.config import parse
+from nostalgia.models import build_backbone, load_heads
+from nostalgia.models.export import _save_backbone
+from tests.distributed.harness import ROOT, cpu_environment, launch_command
+from tests.integration.suite_data import LAYOUTS
+from tests.unit.models.tiny import CONFIGS
+
+SUITES = ("main", "robustness", "finegrained", "ablation")
+NETWORKS = ("vit", "deit_base_distilled", "resnet18")
+# A run of seconds, debug or not: what is asked of the eigensolver is little, the network sees 32 pixels.
+SMALL = (
+    "--quiet", "dataset.batch_size=64", "dataset.num_workers=0", "dataset.download=false", "nostalgia.top_k=2",
+    "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=32",
+    "logger.tensorboard=false",
+)  # fmt: skip
+REAL = ("train.epochs=1", "train.warmup_epochs=0", "train.head_warmup_epochs=1", "train.precision=32")
+
+Root = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small networks in the forms pretrained ones come in: two Hugging Face folders and a state dict."""
+    folder = tmp_path_factory.mktemp("weights")
+    found = {}
+    for name, kind in (("vit", "vit"), ("deit_base_distilled", "deit")):
+        config = {"model_type": kind, **CONFIGS[kind], "image_size": 32}
+        backbone = build_backbone(framework="hf", pretrained=False, config=config)
+        _save_backbone(backbone, folder / name)
+        found[name] = folder / name
+    import torchvision.models
+
+    torch.manual_seed(0)
+    found["resnet18"] = folder / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), found["resnet18"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Root:
+    """``data(layout, suite)``: a root with the suite's data sets in a layout, each written once."""
+    written: set[tuple[str, str]] = set()
+    roots = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
+
+    def root(layout: str, suite: str) -> Path:
+        for name in parse(["--suite", suite]).config.experiment.tasks or []:
+            if (layout, name) not in written:
+                LAYOUTS[layout](roots[layout], name)
+                written.add((layout, name))
+        return roots[layout]
+
+    return root
+
+
+class Plan:
+    """Command lines to run in one process or group, and where each leaves its results."""
+
+    def __init__(self, folder: Path, weights: dict[str, Path], data: Root) -> None:
+        self.folder, self.weights, self.data = folder, weights, data
+        self.lines: list[list[object]] = []
+        self.runs: list[Path] = []
+
+    def train(self, suite: str, layout: str, network: str, *words: str) -> None:
+        root, out = self.data(layout, suite), self.folder / f"{len(self.runs)}_{suite}_{layout}_{network}"
+        size = ["dataset.image_size=32"] if network == "resnet18" else []
+        model = [f"model={network}", f"model.model_id={self.weights[network]}", *size]
+        line = ["--suite", suite, *model, f"dataset.root={root}", f"experiment.output_dir={out}", *SMALL, *words]
+        self.lines.append(["train", line, str(root)])
+        self.runs.append(out / "latest")
+
+    def evaluate(self, *words: str) -> None:
+        """Measure the last run again."""
+        self.lines.append(["evaluate", [str(self.runs[-1]), *words], None])
+
+    def run(self, processes: int, timeout: float) -> None:
+        file = self.folder / "plan.json"
+        file.write_text(json.dumps(self.lines))
+        command = [sys.executable] if processes == 1 else launch_command(processes)
+        done = subprocess.run(
+            [*command, "-m", "tests.integration.many_runs", str(file)],
+            cwd=ROOT,
+            env=cpu_environment(HF_HOME=str(self.folder / "hf"), TORCH_HOME=str(self.folder / "torch")),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        assert done.stdout.count("finished: ") == len(self.lines) * processes
+        print("\n".join(line[:120] for line in done.stdout.splitlines() if line.startswith("finished")))
+        for folder in self.runs:
+            check(folder)
+
+
+def check(run: Path) -> None:
+    """A whole run: every task's accuracy, a share of each task's images right, an export beside it."""
+    results = json.loads((run / "results" / "results.json").read_text())
+    count = len(results["tasks"])
+    assert [sum(a is not None for a in row) for row in results["accuracy_matrix"]] == list(range(1, count + 1))
+    expected = {"cifar100": 100, "tinyimagenet": 200, "caltech256": 256, "imagenet100": 100, "cub200": 200}
+    for name, classes in zip(results["tasks"], results["classes"], strict=True):
+        dataset = name.partition("_")[2]
+        assert len(classes) == expected.get(dataset, {"flowers102": 102, "cifar10": 10, "mnist": 10}.get(dataset, 200))
+    assert (run / "export" / "heads.safetensors").is_file()
+    evaluation = run / "results" / "evaluation.json"
+    if evaluation.is_file():
+        found = json.loads(evaluation.read_text())
+        assert found["same_as_run"] is True
+        assert [t["accuracy"] for t in found["tasks"]] == results["accuracy_matrix"][-1]
+
+
+def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
+    """Each layout and each network once, for three of the suites; measured again from the export."""
+    plan = Plan(tmp_path, weights, data)
+    plan.train("ablation", "torchvision", "resnet18", "--debug")
+    plan.evaluate()
+    plan.train("finegrained", "hub", "vit", *REAL, "train.max_steps_per_epoch=3", "train.max_eval_batches=2")
+    plan.evaluate()
+    plan.train("robustness", "folders", "deit_base_distilled", "--debug")
+    measured = tmp_path / "folder.json"
+    plan.evaluate("--data", str(data("folders", "robustness") / "imagenet-a"), "--task", "3", "--output", str(measured))
+    plan.run(1, timeout=280)
+    (resnet, vit, deit) = plan.runs
+    results = json.loads((deit / "results" / "results.json").read_text())
+    (folder,) = json.loads(measured.read_text())["tasks"]
+    assert (folder["task"], folder["accuracy"]) == ("task3_imagenet-a", results["accuracy_matrix"][2][2])
+    assert len(folder["classes"]) == 200
+    assert (vit / "export" / "adapters" / "adapter_config.json").is_file()
+    assert (resnet / "export" / "norm_statistics.safetensors").is_file()
+
+
+def test_a_head_that_goes_on(tmp_path: Path) -> None:
+    """One head for two tasks, in turn, taken up again from the checkpoint, and jointly; measured from the export."""
+    plan = Plan(tmp_path, {}, lambda layout, suite: tmp_path)
+    entries = "[{dataset: digits, classes: [1, 2, 3]}, {dataset: digits, head: task1_digits}]"
+    words = ["--debug", "--suite", "demo", f"experiment.tasks={entries}", *SMALL]
+    for name, more in (("turn", []), ("joint", ["method=joint"])):
+        plan.lines.append(["train", [*words, *more, f"experiment.output_dir={tmp_path / name}"], None])
+        plan.lines.append(["evaluate", [str(tmp_path / name / "latest")], None])
+    plan.lines.insert(1, ["train", ["--resume", str(tmp_path / "turn" / "latest")], None])
+    plan.run(1, timeout=280)
+    for name in ("turn", "joint"):
+        run = tmp_path / name / "latest"
+        heads = load_heads(run / "export" / "heads.safetensors")
+        assert heads["task1_digits"].weight.shape[0] == 10
+        assert torch.equal(heads["task1_digits"].weight, heads["task2_digits"].weight)
+        assert json.loads((run / "results" / "evaluation.json").read_text())["same_as_run"] is True
+        results = json.loads((run / "results" / "results.json").read_text())
+        assert results["classes"] == [["1", "2", "3"], ["1", "2", "3", "0", *"456789"]]
+
+
+def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
+    plan = Plan(tmp_path, weights, data)
+    plan.train("finegrained", "hub", "vit", "--debug")
+    plan.evaluate()
+    plan.run(2, timeout=280)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_suite(
+    tmp_path: Path, weights: dict[str, Path], data: Root, layout: str, network: str, processes: int
+) -> None:
+    """All suites, --debug and a real epoch each."""
+    plan = Plan(tmp_path, weights, data)
+    for suite in SUITES:
+        plan.train(suite, layout, network, "--debug")
+        plan.evaluate()
+        plan.train(suite, layout, network, *REAL)
+        plan.evaluate()
+    plan.run(processes, timeout=7000)
