@@ -126,11 +126,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def show(folders: Sequence[Path], console: Any) -> None:
-    """The table of methods, mean and standard deviation over seeds."""
-    from nostalgia.reporting.compare import compare
+    """The table of methods, mean and standard deviation over seeds, and the report of all runs together."""
+    # Drawing takes seconds to import: nothing above should wait for it.
+    from nostalgia.reporting.compare import compare, shown
+    from nostalgia.reporting.report import write_report
 
     console.print()
     compare(folders, console)
+    page = write_report(list(folders), folders[0].parent.parent / "report.html")
+    console.print(f"all together {shown(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def read_options(arguments: list[str]) -> Options:

@@ -53,6 +53,9 @@ if does == "fail":
     print("error: task1_digits, epoch 3, step 7: the loss is not finite")
     Path(os.environ["NOSTALGIA_EXIT_FILE"]).write_text("4")
     sys.exit(0)
+latest = folder.parent / "latest"
+latest.unlink(missing_ok=True)
+latest.symlink_to(folder.name)
 acc = 0.5 + seed / 10
 write_results(folder / "results", RunResults.of(
     tasks=["task1_digits"], classes=[["0", "1"]], accuracy_matrix=[[acc]], method=method, seed=seed,
@@ -68,9 +71,16 @@ def torchrun(folder: Path) -> dict[str, str]:
     return {"PATH": os.pathsep.join([str(folder), os.environ["PATH"]]), "STUB_LOG": str(folder / "ran")}
 
 
+SBATCH = r"""#!/usr/bin/env bash
+# Runs the batch script at once, here: the options before it, then the script and its words.
+while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && export SLURM_NNODES=${1#--nodes=}; shift; done
+SLURM_SUBMIT_DIR=$PWD exec bash "$@"
+"""
+
+
 def slurm(folder: Path, *, nodes: int, job: int) -> dict[str, str]:
     """Write the stubs into ``folder``; returns the environment of a batch script of ``job`` on ``nodes`` nodes."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return {

@@ -27,7 +27,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 TINY = (
     "--suite", "demo", "--debug", "--quiet", "train.accelerator=cpu", "experiment.tasks=[digits,digits]",
     "nostalgia.top_k=2", "nostalgia.num_samples=32", "nostalgia.tol=0.2", "train.head_warmup_epochs=0",
-    "dataset.batch_size=16",
+    "dataset.batch_size=16", "nostalgia.predict_forgetting=false", "logger.tensorboard=false",
 )  # fmt: skip
 
 
