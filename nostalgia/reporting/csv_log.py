@@ -84,7 +84,8 @@ def read_log(path: Path) -> list[Record]:
         try:
             rows.append({name: _value(name, cell) for name, cell in zip(header, line, strict=True)})
         except ValueError:
-            raise NotFoundError(f"{path}, line {number}: not a number among {', '.join(line)[:80]}") from None
+            shown = " ".join(", ".join(line).split())[:80]
+            raise NotFoundError(f"{path}, line {number}: not a number among {shown}") from None
     return rows
 
 

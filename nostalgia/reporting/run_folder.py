@@ -204,8 +204,8 @@ def _booleans(values: Any, length: int) -> TypeGuard[list[bool]]:
 def _is_density(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    grid, density = value.get("grid"), value.get("density")
-    return _numbers(grid) and _numbers(density, len(grid))
+    grid = value.get("grid")
+    return isinstance(grid, list) and _numbers(grid) and _numbers(value.get("density"), len(grid))
 
 
 def _is_text(values: Any) -> bool:
