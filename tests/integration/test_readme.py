@@ -42,7 +42,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.train --help": (HERE, ""),
     "python -m nostalgia.train --suite demo --dry-run": (HERE, ""),
     "launch/debug.sh --suite demo": (LATER, f"=python -m nostalgia.train --debug --suite demo {RUN}"),
-    "python -m nostalgia.train --suite demo": (HERE, RUN + " logger.tensorboard=true nostalgia.predict_forgetting=true"),
+    "python -m nostalgia.train --suite demo": (
+        HERE,
+        RUN + " logger.tensorboard=true nostalgia.predict_forgetting=true",
+    ),
     "python -m nostalgia.train --suite demo method=finetune": (LATER, RUN + " experiment.name=other"),
     "python -m nostalgia.train dataset=digits experiment.split=classes experiment.num_tasks=5 model=vit_tiny": (
         LATER, RUN + " experiment.num_tasks=2",
