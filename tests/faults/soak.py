@@ -109,8 +109,8 @@ def crossing(folder: Path, ways: Sequence[str], kills: Sequence[int]) -> list[st
     for way, kill in zip(ways, [*kills, None], strict=True):
         soak = Soak(folder, way, 0, words)
         codes = soak.launch(run_dir, kill=None if kill is None else (0, kill)).wait()
-        if kill is None and set(codes) != {0}:
-            return [f"{way}: exit codes {codes}: {soak.log.read_text()[-1500:]}"]
+        if (set(codes) != {0}) if kill is None else (-signal.SIGKILL not in codes):
+            return [f"{way}, to be killed at {kill}: exit codes {codes}: {soak.log.read_text()[-1500:]}"]
     found = forking.outcome(run_dir)
     problems = []
     for one, two in zip(expected["rows"], found["rows"], strict=True):
