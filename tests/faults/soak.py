@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,6 +84,28 @@ class Soak:
                 continue
             self._compare(expected, run_dir, f"after {number.name}")
 
+    def disk(self, count: int) -> None:
+        """A disk that fills up at ``count`` moments (a tmpfs, so root only): code 4, and the same end with more space."""
+        expected = self.whole()
+        size = sum(path.stat().st_size for path in (self.folder / "whole").rglob("*") if path.is_file())
+        for i in range(count):
+            disk = self._fresh("disk")
+            disk.mkdir()
+            small = f"size={(i + 0.5) * size / count / 2**10:.0f}k"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", small, "tmpfs", str(disk)], check=True)
+            try:
+                codes = self.launch(disk / "run").wait()
+                if 4 not in codes or "Traceback" in self.log.read_text():
+                    self._complain(f"disk of {small}: exit codes {codes}")
+                subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+                codes = self.launch(disk / "run").wait()
+                if set(codes) != {0}:
+                    self._complain(f"disk of {small}, then more space: exit codes {codes}")
+                else:
+                    self._compare(expected, disk / "run", f"after a full disk of {small}")
+            finally:
+                subprocess.run(["umount", str(disk)], check=True)
+
     def _compare(self, expected: dict[str, Any], run_dir: Path, when: str) -> None:
         different = forking.differences(expected, forking.outcome(run_dir))
         self.problems += [f"{when}: {name}" for name in different]
@@ -127,9 +150,10 @@ def crossing(folder: Path, ways: Sequence[str], kills: Sequence[int]) -> list[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["kills", "signals", "crossing"], help="one kind; all without it")
+    parser.add_argument("--only", choices=["kills", "signals", "disk", "crossing"], help="one kind; all without it")
     parser.add_argument("--kills", type=int, default=40, help="for each way to run")
     parser.add_argument("--signals", type=int, default=3, help="of each signal, for each way to run")
+    parser.add_argument("--disk", type=int, default=8, help="moments a disk is full, for each way to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     options = parser.parse_args()
@@ -142,7 +166,7 @@ def main() -> int:
         result = "as undisturbed" if not problems else "\n  ".join(["DIFFERENT", *problems[:20]])
         print(f"{name} in {time.monotonic() - started:.0f} s: {result}", flush=True)
 
-    for kind in ("kills", "signals") if options.only is None else (options.only,):
+    for kind in ("kills", "signals", "disk") if options.only is None else (options.only,):
         for way in options.ways.split(",") if kind != "crossing" else ():
             with tempfile.TemporaryDirectory() as folder:
                 started, soak = time.monotonic(), Soak(Path(folder), way, options.seed)

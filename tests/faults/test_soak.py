@@ -33,6 +33,6 @@ def test_signals_stop_a_run_with_a_checkpoint() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", ["kills", "signals", "crossing"])
+@pytest.mark.parametrize("kind", ["kills", "signals", "disk", "crossing"])
 def test_at_length(kind: str) -> None:
     soak("--only", kind, timeout=3500)
