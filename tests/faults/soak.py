@@ -85,7 +85,7 @@ class Soak:
             self._compare(expected, run_dir, f"after {number.name}")
 
     def disk(self, count: int) -> None:
-        """A disk that fills up at ``count`` moments (a tmpfs, so root only): code 4, and the same end with more space."""
+        """A disk full at ``count`` moments (a tmpfs, so root only): code 4, and with more space the same end."""
         expected = self.whole()
         size = sum(path.stat().st_size for path in (self.folder / "whole").rglob("*") if path.is_file())
         for i in range(count):
