@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nostalgia.errors import UsageError
+from nostalgia.linalg.precision import FLOAT32_FLAGS, set_float32_products
 
 PRECISIONS = ("float32", "float64", "tf32", "bf16")
 TWICE_DIFFERENTIABLE = ("eager", "sdpa")  # of transformers' attention implementations
@@ -71,25 +72,15 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
     torch has two spellings of these flags and raises when one is read that disagrees with the other (Inductor
     reads the older), so both are set, and both put back.
     """
-    flags: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    )
-    saved = [_own_value(flag) for flag in flags]
+    saved = [_own_value(flag) for flag in FLOAT32_FLAGS]
     matmul, cudnn = _older_matmul(), _older_cudnn()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    for flag in flags:
-        flag.fp32_precision = "tf32" if tf32 else "ieee"
+    set_float32_products(tf32=tf32)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
-        for flag, value in zip(flags, saved, strict=True):
+        for flag, value in zip(FLOAT32_FLAGS, saved, strict=True):
             flag.fp32_precision = value
 
 

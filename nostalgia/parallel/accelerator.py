@@ -11,7 +11,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from nostalgia.errors import UsageError
+from nostalgia.linalg.precision import set_float32_products
 
 MIXED_PRECISION = {"64": "no", "32": "no", "tf32": "no", "bf16": "bf16", "16": "fp16"}
 
@@ -73,9 +73,7 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    for backend in (torch.backends.cuda.matmul, conv):
-        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    set_float32_products(tf32=precision == "tf32")
     plugin = _fsdp_plugin(precision) if launch.fsdp else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
