@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Checkpointer:
         self.accelerator, self.schedule, self.make, self.warn = accelerator, schedule, make, warn
         self.store = CheckpointStore(run_dir, schedule.keep) if accelerator.is_main_process else None
         self.stop = StopRequest(accelerator)
+        self.seconds = 0.0  # that training has waited for checkpoints
         self._epochs = 0
 
     def after_step(self, taken: int, epoch_done: bool) -> None:
@@ -76,11 +78,13 @@ class Checkpointer:
             self._guarded(self.store.wait)
 
     def _write(self, kind: str, *, background: bool, must: bool = False) -> None:
+        started = time.perf_counter()
         self.close()  # the one before must be whole before this one's parts are made
         contents = self.make(kind)
         if self.store is not None:
             store = self.store
             self._guarded(lambda: store.write(contents, background=background), must)
+        self.seconds += time.perf_counter() - started
 
     def _guarded(self, work: Callable[[], None], must: bool = False) -> None:
         try:

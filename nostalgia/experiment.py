@@ -144,6 +144,7 @@ class Experiment:
                 "device": device_name(self.accelerator),
                 "strategy": strategy(self.accelerator),
                 "precision": self.parts.precision,
+                "checkpoint_seconds": self.checkpoints.seconds,
             },
         )
 
@@ -335,7 +336,9 @@ class Experiment:
         saved.elapsed, saved.round_elapsed = self._elapsed(), self._round_elapsed()
         if self.observer is not None:
             saved.leak = self.observer.leak
-        return self.snapshot.take(kind, saved, self.training, self.log.position())
+        contents = self.snapshot.take(kind, saved, self.training, self.log.position())
+        contents.before = self.log.sync
+        return contents
 
     def _stand_where_it_was(self) -> None:
         """The last thing before a resumed run goes on: its random generators, which setting it up has used."""

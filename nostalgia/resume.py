@@ -19,6 +19,7 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.linalg.krylov import LanczosState
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.reporting.trackers import flatten
+from nostalgia.setup import versions
 from nostalgia.training.loop import PhaseState
 
 # What a resumed run may change: nothing of it changes what is computed (but for rounding).
@@ -95,7 +96,14 @@ def _open(request: Request) -> tuple[Path, Resumed | None]:
     state = found.state()
     with store.understood(found.folder):
         _compare(config, state["config"], request.resume_override)
-        run = state["run"]
+        run, then = state["run"], state["versions"]
+        other = [
+            f"{name} {version} (was {then.get(name)})"
+            for name, version in versions().items()
+            if version != then.get(name)
+        ]
+        if other:
+            _say(f"note: {', '.join(other)}: what follows equals the run as begun to rounding, not to the bit")
         _say(f"resuming from {found.folder} (round {run['round']}, {run['stage']}, step {_steps(state)})")
         resumed = Resumed(
             run_dir=folder,

@@ -43,6 +43,14 @@ class Snapshot:
         self.parts, self.curvature = parts, curvature
         self.trained = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
         self.initial = _fingerprint(initial) if tensors.is_main() else ""
+        self.fixed = {
+            "tasks": [[t.name, t.classes] for t in parts.tasks],
+            "initial": self.initial,
+            "global_batch": self._global_batch(),
+            "strategy": strategy(parts.accelerator),
+            "versions": versions(),
+            "config": OmegaConf.to_container(OmegaConf.structured(parts.config), resolve=True),
+        }
 
     def take(self, kind: str, state: RunState, training: Training | None, log: dict[str, int]) -> Contents:
         """The contents of a checkpoint at this moment; a collective, empty of tensors on ranks other than 0."""
@@ -73,12 +81,7 @@ class Snapshot:
             "curvature": self.curvature.state(),
             "log": log,
             "ranks": rest,
-            "tasks": [[t.name, t.classes] for t in parts.tasks],
-            "initial": self.initial,
-            "global_batch": self._global_batch(),
-            "strategy": strategy(parts.accelerator),
-            "versions": versions(),
-            "config": OmegaConf.to_container(OmegaConf.structured(parts.config), resolve=True),
+            **self.fixed,
         }
         # A tensor may stand under two names (the statistics of jointly trained tasks); in a file it is its own.
         values = {name: value.contiguous().clone() for name, value in values.items()}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from omegaconf import OmegaConf
 
 from nostalgia.config import Config, parse
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.results import read_results
 from nostalgia.reporting.streams import make_console
 from nostalgia.sweep_runner import Job, run_jobs
@@ -98,8 +98,8 @@ def is_complete(folder: Path, config: Config) -> bool:
     """Whether ``folder`` holds the results of ``config``; raises UsageError where they are of another one."""
     try:
         read_results(folder / "results")
-        saved = yaml.safe_load((folder / "config.yaml").read_text())
-    except (NotFoundError, OSError, yaml.YAMLError):
+        saved = read_yaml(folder / "config.yaml")
+    except NotFoundError:
         return False
     changed = differences(saved if isinstance(saved, dict) else {}, config)
     if changed:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ class Contents:
     state: dict[str, Any]  # plain JSON values
     tensors: dict[str, Tensor]
     references: dict[str, str] = field(default_factory=dict)  # file of the run, relative -> checksum
+    before: Callable[[], None] | None = None  # to be done before it counts: syncing the logs it refers to
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             writer = files.Writer(aside)
+            if contents.before is not None:
+                contents.before()
             writer.tensors(TENSORS, contents.tensors)
             writer.json(STATE, contents.state)
             writer.finish({"kind": contents.kind, "label": contents.label}, contents.references)

@@ -102,6 +102,7 @@ def check(config: Config) -> None:
         inside = (value >= least if inclusive else value > least) and value <= greatest
         if not inside or math.isinf(value):
             raise UsageError(f"{key}={value}: allowed is {_range_text(least, greatest, inclusive)}")
+    _check_name(config)
     _check_betas(config)
     _check_tasks(config)
     _check_conflicts(config)
@@ -126,6 +127,16 @@ def check_launch(config: Config, *, device_type: str, world_size: int) -> str:
     if precision == "auto":
         return "16" if device_type == "cuda" else "32"
     return precision
+
+
+def _check_name(config: Config) -> None:
+    """The name is a folder's under the output folder, and must not lead out of it."""
+    name = config.experiment.name
+    if not re.fullmatch(r"[\w.+ -]{1,100}", name) or name.strip(". ") == "" or name.startswith("-"):
+        raise UsageError(
+            f"experiment.name={name!r}: allowed is one folder's name of letters, digits, _ . + - and spaces; "
+            "experiment.output_dir takes a path"
+        )
 
 
 def _check_betas(config: Config) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nostalgia.config.checks import check
+from nostalgia.config.saved import load_saved
 from nostalgia.config.schema import Config
 from nostalgia.errors import NotFoundError, UsageError
 
@@ -257,7 +257,7 @@ def _from_file(path: Path, words: list[str]) -> Any:
     if any(word.split("=")[0].lstrip("+") in GROUPS for word in words):
         raise UsageError("--config FILE is a complete configuration: override values (train.lr=1e-3), not groups")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = load_saved(path)
         missing = [key for key in Config.__dataclass_fields__ if key not in loaded]
         if missing:
             raise UsageError(f"{path}: no section {missing[0]!r}; give a config.yaml that a run has written")
@@ -267,8 +267,8 @@ def _from_file(path: Path, words: list[str]) -> Any:
         return OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read as YAML ({_one_line(error)})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({_one_line(error)})") from None
     except (HydraException, OmegaConfBaseException, TypeError) as error:
         raise UsageError(f"--config {path}: {_one_line(error)}") from None
 

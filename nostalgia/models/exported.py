@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.backbones import build_backbone
 from nostalgia.models.export import TORCHVISION_FILE, adapter_tensors
+from nostalgia.plain.tensor_files import read_tensors
 
 
 def load_export(folder: Path, *, framework: str, config: Mapping[str, Any] | None = None) -> Backbone:
@@ -44,11 +43,15 @@ def load_classes(folder: Path) -> dict[str, list[str]]:
     file = folder / "classes.json"
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NotFoundError(f"{file}: cannot be read ({error}); is this the export of a finished run?") from None
-    if not isinstance(classes, dict) or not all(isinstance(names, list) for names in classes.values()):
+    if not isinstance(classes, dict) or not all(map(_is_names, classes.values())):
         raise NotFoundError(f"{file}: no class names by task")
     return classes
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 @torch.no_grad()
@@ -56,15 +59,17 @@ def _attach(backbone: Backbone, folder: Path) -> None:
     """Put the adapters of a PEFT folder in place."""
     try:
         settings = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NotFoundError(f"{folder}: adapters cannot be read ({error})") from None
     assert isinstance(settings, LoraConfig)
+    tensors = read_tensors(folder / "adapter_model.safetensors", "adapters")
     inject_adapter_in_model(settings, backbone.model)
     own = adapter_tensors(backbone.model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise NotFoundError(f"{folder}: adapters of another network: {len(odd)} names differ ({', '.join(odd[:3])})")
     for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise NotFoundError(f"{folder}: adapters of another network: {name} has another shape")
         tensor.copy_(tensors[name])
     backbone.lora = settings

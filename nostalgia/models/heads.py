@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.models.seeding import seeded
+from nostalgia.plain.tensor_files import read_tensors
 
 INITIAL_STD = 0.01
 
@@ -61,14 +61,18 @@ def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
 
 def load_heads(file: Path) -> dict[str, nn.Linear]:
     """Read what ``save_heads`` wrote, by name; raises NotFoundError when it cannot be read."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise NotFoundError(f"{file}: heads cannot be read ({error})") from error
+    tensors = read_tensors(file, "heads")
     heads: dict[str, nn.Linear] = {}
-    for name in sorted(key.removesuffix(".weight") for key in tensors if key.endswith(".weight")):
-        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+    for name in sorted({key.rpartition(".")[0] for key in tensors}):
+        weight, bias = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.bias", None)
+        if weight is None or bias is None or not _make_a_head(weight, bias):
+            raise NotFoundError(f"{file}: {name[:80]!r} is no head: a weight (C, D) and a bias (C,) of numbers")
         head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype)
         head.load_state_dict({"weight": weight, "bias": bias})
         heads[name] = head
     return heads
+
+
+def _make_a_head(weight: Tensor, bias: Tensor) -> bool:
+    shapes = weight.ndim == 2 and bias.shape == weight.shape[:1] and weight.numel() > 0
+    return shapes and weight.is_floating_point() and bias.dtype == weight.dtype

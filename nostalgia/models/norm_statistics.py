@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
+from nostalgia.plain.tensor_files import read_tensors
 
 POLICIES = ("per_task", "frozen", "shared")
 
@@ -41,6 +41,10 @@ def apply(backbone: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     if set(buffers) != set(statistics):
         odd = sorted(set(buffers) ^ set(statistics))
         raise NotFoundError(f"batch-norm statistics of another network: {len(odd)} names differ ({', '.join(odd[:3])})")
+    for name, buffer in buffers.items():
+        if statistics[name].shape != buffer.shape:
+            shapes = f"{tuple(statistics[name].shape)}, not {tuple(buffer.shape)}"
+            raise NotFoundError(f"batch-norm statistics of another network: {name} has shape {shapes}")
     for name, buffer in buffers.items():
         buffer.copy_(statistics[name])
 
@@ -105,13 +109,12 @@ def save_statistics(statistics: Mapping[str, Mapping[str, Tensor]], file: Path) 
 
 def load_statistics(file: Path) -> dict[str, dict[str, Tensor]]:
     """Read what ``save_statistics`` wrote, by task; raises NotFoundError when it cannot be read."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise NotFoundError(f"{file}: batch-norm statistics cannot be read ({error})") from error
+    tensors = read_tensors(file, "batch-norm statistics")
     statistics: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         task, _, name = key.rpartition("/")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise NotFoundError(f"{file}: {key[:80]!r} holds a negative variance")
         statistics.setdefault(task, {})[name] = tensor
     return statistics
 

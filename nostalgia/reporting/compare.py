@@ -13,6 +13,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.reporting.aggregate import (
@@ -74,7 +75,7 @@ def comparison_table(rows: Sequence[MethodRow]) -> Table:
         table.add_column(HEADERS.get(name, name), justify="right", no_wrap=True)
     for row in rows:
         cells = [_cell(row.values[name], 1 if name == "seconds" else 3) for name in COLUMNS]
-        table.add_row(row.method, ", ".join(map(str, row.seeds)), *cells)
+        table.add_row(Text(row.method), ", ".join(map(str, row.seeds)), *cells)
     return table
 
 

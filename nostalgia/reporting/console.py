@@ -81,7 +81,7 @@ def start_panel(info: RunInfo) -> Panel:
     grid = _pairs()
     title = f"nostalgia: {info.suite}" if info.suite else "nostalgia"
     grid.add_row("method", f"{info.method}, seed {info.seed}")
-    grid.add_row("model", f"{info.model}, {count(info.total_parameters)} parameters")
+    grid.add_row("model", Text(f"{info.model}, {count(info.total_parameters)} parameters"))
     grid.add_row("", _parameter_text(info))
     grid.add_row("devices", f"{info.devices}, {info.strategy}, precision {info.precision}")
     grid.add_row("batch", _batch_text(info))
@@ -107,7 +107,7 @@ def print_config(console: Console, config: Mapping[str, Any], *, quiet: bool = F
         return
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=70)
     body = Syntax(text.rstrip(), "yaml", theme="ansi_dark", background_color="default", word_wrap=True)
-    console.print(Panel(body, title=f"config{where}", title_align="left", expand=False, box=box.ROUNDED))
+    console.print(Panel(body, title=Text(f"config{where}"), title_align="left", expand=False, box=box.ROUNDED))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def read_log(path: Path) -> list[Record]:
     line.
     """
     text = read_text(path)
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    lines = csv_lines(path, text[: text.rfind("\n") + 1])
     if not lines:
         raise NotFoundError(f"{path}: empty, expected a header line")
     header = [name.strip() for name in lines[0]]
@@ -84,8 +84,17 @@ def read_log(path: Path) -> list[Record]:
         try:
             rows.append({name: _value(name, cell) for name, cell in zip(header, line, strict=True)})
         except ValueError:
-            raise NotFoundError(f"{path}, line {number}: not a number among {', '.join(line)[:80]}") from None
+            shown = " ".join(", ".join(line).split())[:80]
+            raise NotFoundError(f"{path}, line {number}: not a number among {shown}") from None
     return rows
+
+
+def csv_lines(path: Path, text: str) -> list[list[str]]:
+    """The cells of ``text``; raises NotFoundError, naming ``path``, where it is no CSV."""
+    try:
+        return list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise NotFoundError(f"{path}: not a CSV file ({error})") from None
 
 
 def column(rows: Sequence[Record], name: str, where: Callable[[Record], bool] = lambda row: True) -> list[float]:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nostalgia.errors import NotFoundError
 
@@ -53,8 +53,13 @@ def read_json(path: Path) -> Any:
     """The JSON value in ``path``; raises NotFoundError where the file is missing or damaged."""
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise NotFoundError(f"{path}: not a complete JSON file ({error}); delete it or write it again") from None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from a file is a finite number, of a size that arithmetic bears."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_text(path: Path) -> str:

@@ -11,13 +11,15 @@ TENSORBOARD = "tensorboard"
 
 
 def log_position(run_dir: Path, tensorboard_root: Path) -> dict[str, int]:
-    """Sizes in bytes of the logs, by relative path; what was written is synced to the disk."""
-    sizes = {}
-    for name, path in _logs(run_dir, tensorboard_root).items():
+    """Sizes in bytes of the logs, by relative path."""
+    return {name: path.stat().st_size for name, path in _logs(run_dir, tensorboard_root).items()}
+
+
+def sync_logs(run_dir: Path, tensorboard_root: Path) -> None:
+    """See to it that what was written is on the disk: a checkpoint that counts on it must not outlive it."""
+    for path in _logs(run_dir, tensorboard_root).values():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        sizes[name] = path.stat().st_size
-    return sizes
 
 
 def rewind_logs(run_dir: Path, tensorboard_root: Path, position: Mapping[str, int]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nostalgia.errors import NotFoundError
 from nostalgia.evaluation import transfer
-from nostalgia.reporting.files import read_json, read_text, write_atomic, write_json
+from nostalgia.reporting.csv_log import csv_lines
+from nostalgia.reporting.files import is_number, read_json, read_text, write_atomic, write_json
 
 METRICS = ("acc", "bwt", "forgetting", "learning_accuracy", "fwt")
 RESULTS, PER_TASK, MATRIX = "results.json", "per_task_acc.json", "accuracy_matrix.csv"
@@ -111,10 +111,30 @@ def read_results(path: Path) -> RunResults:
     matrix = _checked_matrix(known["accuracy_matrix"], len(tasks), file)
     rows = {name: _checked_row(known.get(name), len(tasks), file, name) for name in _ROWS}
     numbers = {name: _checked_number(known[name], file, name) for name in METRICS if name in known}
+    for name, (kind, good) in _FIELDS.items():
+        if name in known and not good(known[name]):
+            raise NotFoundError(f"{file}: {name} must be {kind}, found {_short(known[name])}")
     defaults = {"classes": [[] for _ in tasks], "world_size": 1, "seconds": 0.0}
     return RunResults(**{**defaults, **measures(matrix, **_measure_words(rows)), **known, **numbers, **rows})
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_whole(value: Any) -> bool:
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "classes": ("a list of lists of names", lambda v: isinstance(v, list) and all(map(_is_names, v))),
+    "method": ("a name", lambda v: isinstance(v, str)),
+    "seed": ("a whole number", _is_whole),
+    "world_size": ("a whole number", _is_whole),
+    "seconds": ("a number", is_number),
+    "versions": ("names with versions", lambda v: isinstance(v, dict) and _is_names(list(v.values()))),
+    "details": ("a mapping", lambda v: isinstance(v, dict)),
+}
 _ROWS = ("before_accuracies", "baseline_accuracies")
 
 
@@ -130,7 +150,7 @@ def matrix_csv(tasks: Sequence[str], matrix: transfer.Matrix) -> str:
 
 def read_matrix_csv(path: Path) -> tuple[list[str], list[list[float | None]]]:
     """Task names and matrix of `matrix_csv`; raises NotFoundError naming the line that is damaged."""
-    lines = list(csv.reader(io.StringIO(read_text(path))))
+    lines = csv_lines(path, read_text(path))
     if not lines or len(lines[0]) < 2:
         raise NotFoundError(f"{path}: no header of task names in the first line")
     tasks, matrix = lines[0][1:], []
@@ -168,19 +188,15 @@ def _checked_row(row: Any, size: int, file: Path, name: str, required: bool = Fa
     if not isinstance(row, list) or len(row) != size:
         raise NotFoundError(f"{file}: {name} must be a list of {size} numbers or nulls, found {_short(row)}")
     for value in row:
-        if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+        if value is not None and not (is_number(value) and 0 <= value <= 1):
             raise NotFoundError(f"{file}: {name} holds {_short(value)}, an accuracy is a fraction between 0 and 1")
     return row
 
 
 def _checked_number(value: Any, file: Path, name: str) -> float | None:
-    if value is not None and not _is_finite(value):
+    if value is not None and not is_number(value):
         raise NotFoundError(f"{file}: {name} must be a number or null, found {_short(value)}")
     return value
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any, TypeGuard, TypeVar
 
 from nostalgia.errors import NotFoundError
 from nostalgia.evaluation import transfer
+from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.csv_log import Record, read_log
-from nostalgia.reporting.files import read_json, read_text
+from nostalgia.reporting.files import is_number, read_json
 from nostalgia.reporting.results import MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
 
 FORGETTING = "forgetting_prediction.json"
@@ -93,9 +92,13 @@ def read_curvature(file: Path) -> TaskCurvature:
     data = read_json(file)
     if not isinstance(data, dict) or not _numbers(data.get("eigenvalues")):
         raise NotFoundError(f"{file}: no list of eigenvalues")
+    for key, good in OPTIONAL.items():
+        if data.get(key) is not None and not good(data[key]):
+            raise NotFoundError(f"{file}: {key} is damaged")
     values = data["eigenvalues"]
     index = _task_number(file)
-    angles = data.get("principal_angles") or {}
+    angles = data.get("principal_angles")
+    angles = angles if isinstance(angles, dict) else {}
     named = {str(task): list(radians) for task, radians in angles.items() if _numbers(radians)}
     converged = data.get("converged")
     return TaskCurvature(
@@ -103,7 +106,7 @@ def read_curvature(file: Path) -> TaskCurvature:
         task=data["task"] if isinstance(data.get("task"), str) else f"task{index}",
         eigenvalues=values,
         residuals=data["residuals"] if _numbers(data.get("residuals"), len(values)) else [],
-        converged=converged if isinstance(converged, list) and len(converged) == len(values) else [True] * len(values),
+        converged=converged if _booleans(converged, len(values)) else [True] * len(values),
         memory_eigenvalues=data["memory_eigenvalues"] if _numbers(data.get("memory_eigenvalues")) else [],
         principal_angles=named,
         raw=data,
@@ -126,8 +129,11 @@ def matrix_from_metrics(metrics: list[Record]) -> tuple[list[str], list[list[flo
     """Names and matrix as far as a run came, from the ``eval`` rows of its metrics (a block a task)."""
     blocks: dict[float, dict[str, float]] = {}
     for row in metrics:
-        if row.get("split") == "eval" and row.get("task") and row.get("accuracy") is not None:
-            blocks.setdefault(row["step"], {})[row["task"]] = row["accuracy"]
+        accuracy = row.get("accuracy")
+        if not is_number(accuracy) or not 0 <= accuracy <= 1 or row.get("step") is None:
+            continue
+        if row.get("split") == "eval" and row.get("task"):
+            blocks.setdefault(row["step"], {})[row["task"]] = accuracy
     longest: dict[str, float] = max(blocks.values(), key=len, default={})
     tasks = list(longest)
     size = len(tasks)
@@ -172,10 +178,7 @@ def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: D) 
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise NotFoundError(f"{file}: not YAML ({' '.join(str(error).split())[:100]})") from None
+    config = read_yaml(file)
     return config if isinstance(config, dict) else {}
 
 
@@ -191,7 +194,35 @@ def _numbers(values: Any, length: int | None = None) -> bool:
     """Whether ``values`` is a list (of ``length``, else not empty) of numbers."""
     if not isinstance(values, list) or len(values) != (len(values) if length is None else length) or not values:
         return False
-    return all(isinstance(value, (int, float)) for value in values)
+    return all(map(is_number, values))
+
+
+def _booleans(values: Any, length: int) -> TypeGuard[list[bool]]:
+    return isinstance(values, list) and len(values) == length and all(isinstance(value, bool) for value in values)
+
+
+def _is_density(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    grid = value.get("grid")
+    return isinstance(grid, list) and _numbers(grid) and _numbers(value.get("density"), len(grid))
+
+
+def _is_text(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _numbers_or_none(values: Any) -> bool:
+    return values == [] or _numbers(values)
+
+
+# What a task's file may hold besides its pairs, and what it must then be.
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("products", "seconds", "tol", "trace", "collectives", "bytes_moved"), is_number),
+    **dict.fromkeys(("parameter_sizes", "importance", "memory_importance"), _numbers_or_none),
+    "parameters": _is_text,
+    "density": _is_density,
+}
 
 
 def _task_number(file: Path) -> int:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from nostalgia.reporting.csv_log import MEMORY_COLUMNS, CsvLog
-from nostalgia.reporting.log_position import log_position, rewind_logs
+from nostalgia.reporting.log_position import log_position, rewind_logs, sync_logs
 from nostalgia.reporting.results import RunResults
 from nostalgia.reporting.trackers import Forgiving, Warn, flatten, make_trackers
 
@@ -70,6 +70,10 @@ class RunLog:
         for tracker in self._trackers:
             tracker.flush()
         return log_position(self._run_dir, self._tensorboard_root)
+
+    def sync(self) -> None:
+        """See to it that what was logged is on the disk; may be called from another thread."""
+        sync_logs(self._run_dir, self._tensorboard_root)
 
     def train_step(
         self,

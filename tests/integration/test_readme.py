@@ -42,7 +42,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pytest": (SHELL, "=python -m pytest --version"),
     "python -m nostalgia.train --help": (HERE, ""),
     "python -m nostalgia.train --suite demo --dry-run": (HERE, ""),
-    "launch/debug.sh --suite demo": (LATER, f"=python -m nostalgia.train --debug --suite demo {RUN} experiment.name=other"),
+    "launch/debug.sh --suite demo": (
+        LATER, f"=python -m nostalgia.train --debug --suite demo {RUN} experiment.name=other",
+    ),
     "python -m nostalgia.train --suite demo": (HERE, f"{RUN} {WHOLE}"),
     "python -m nostalgia.train --suite demo method=finetune": (LATER, RUN + " experiment.name=other"),
     "python -m nostalgia.train dataset=digits experiment.split=classes experiment.num_tasks=5 model=vit_tiny": (

@@ -26,10 +26,13 @@ NETWORKS = ("vit", "deit_base_distilled", "resnet18")
 # A run of seconds, debug or not: what is asked of the eigensolver is little, the network sees 32 pixels.
 SMALL = (
     "--quiet", "dataset.batch_size=64", "dataset.num_workers=0", "dataset.download=false", "nostalgia.top_k=2",
-    "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=32",
+    "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=16",
     "logger.tensorboard=false",
 )  # fmt: skip
-REAL = ("train.epochs=1", "train.warmup_epochs=0", "train.head_warmup_epochs=1", "train.precision=32")
+REAL = (
+    "train.epochs=1", "train.warmup_epochs=0", "train.head_warmup_epochs=1", "train.precision=32",
+    "train.max_steps_per_epoch=8", "train.max_eval_batches=4",
+)  # fmt: skip
 
 Root = Callable[[str, str], Path]
 
@@ -129,7 +132,7 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     plan = Plan(tmp_path, weights, data)
     plan.train("ablation", "torchvision", "resnet18", "--debug")
     plan.evaluate()
-    plan.train("finegrained", "hub", "vit", *REAL, "train.max_steps_per_epoch=3", "train.max_eval_batches=2")
+    plan.train("finegrained", "hub", "vit", *REAL, "train.max_steps_per_epoch=3")
     plan.evaluate()
     plan.train("robustness", "folders", "deit_base_distilled", "--debug")
     measured = tmp_path / "folder.json"
@@ -175,15 +178,26 @@ def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_suite(
-    tmp_path: Path, weights: dict[str, Path], data: Root, layout: str, network: str, processes: int
-) -> None:
-    """All suites, --debug and a real epoch each."""
+def test_every_suite(tmp_path: Path, weights: dict[str, Path], data: Root, layout: str, network: str) -> None:
+    """Every suite in every layout with every network: --debug, and a real epoch of a few steps."""
     plan = Plan(tmp_path, weights, data)
     for suite in SUITES:
         plan.train(suite, layout, network, "--debug")
-        plan.evaluate()
         plan.train(suite, layout, network, *REAL)
         plan.evaluate()
-    plan.run(processes, timeout=7000)
+    plan.run(1, timeout=7000)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_suites_on_two_processes(
+    tmp_path: Path, weights: dict[str, Path], data: Root, layout: str, network: str
+) -> None:
+    """Every layout with every network; of the suites, one each time."""
+    plan = Plan(tmp_path, weights, data)
+    suite = SUITES[(list(LAYOUTS).index(layout) + NETWORKS.index(network)) % len(SUITES)]
+    plan.train(suite, layout, network, "--debug")
+    plan.evaluate()
+    plan.run(2, timeout=7000)

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "nostalgia"
 # From the ground up; a package imports from tiers below its own and from itself. `errors` stands below all.
 TIERS = (
     ("errors",),
+    ("plain",),
     ("linalg", "config"),
     ("parallel",),
     ("data", "models", "checkpoint"),

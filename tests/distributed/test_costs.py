@@ -1,0 +1,44 @@
+"""What a solve and its memory cost a rank, measured: bytes that fall as 1 / W, and the collectives a product needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import cases_costs
+from tests.distributed.harness import run_ranks
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """By number of ranks, then rank, then wrapping."""
+    (alone,) = cases_costs.check(["bare"]).values()
+    several = {
+        ranks: run_ranks("tests.distributed.cases_costs:check", ranks, wraps=["ddp", "fsdp2"]) for ranks in (2, 4)
+    }
+    return {1: [{"ddp": alone, "fsdp2": alone}], **several}
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_bytes_of_vectors_fall_with_the_number_of_ranks(costs, wrap):
+    (alone,) = [result[wrap] for result in costs[1]]
+    whole, _ = alone["sizes"]
+    for ranks, results in costs.items():
+        for result in (result[wrap] for result in results):
+            assert result["sizes"] == [whole, whole // ranks]
+            assert result["q"] * ranks == alone["q"] == cases_costs.RANK * whole * 8
+            assert result["anchor"] * ranks == alone["anchor"] == whole * 8
+            # All that a solve holds: 2 k + 18 rows, and small matrices that are the same on all ranks.
+            rows = (2 * cases_costs.RANK + 18) * whole * 8 // ranks
+            assert rows <= result["solve"] <= rows + 30_000
+            assert result["gathered"] == whole * 8  # beside them: the parameters, whole for the products
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_two_large_collectives_a_product_and_three_small_ones_at_most(costs, wrap):
+    for ranks in (2, 4):
+        for result in (result[wrap] for result in costs[ranks]):
+            products = result["products"]
+            assert result["large"] == [["_allgather_base_", products], ["_reduce_scatter_base_", products]]
+            assert 1 <= result["small_an_iteration"] <= 3
+            claimed, seen = result["collectives"]
+            assert claimed == seen
