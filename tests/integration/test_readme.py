@@ -28,6 +28,7 @@ RUN = (
     "nostalgia.predict_forgetting=false logger.tensorboard=false"
 )
 ACCELERATE = "accelerate launch --config_file accelerate_config.yaml"
+WHOLE = "logger.tensorboard=true nostalgia.predict_forgetting=true"  # every file of a run is looked for
 # The program in the driver below; the same, in the long tests only; a shell; a shell with stand-ins.
 HERE, LATER, SHELL, STUBS = "here", "later", "shell", "stubs"
 
@@ -41,11 +42,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pytest": (SHELL, "=python -m pytest --version"),
     "python -m nostalgia.train --help": (HERE, ""),
     "python -m nostalgia.train --suite demo --dry-run": (HERE, ""),
-    "launch/debug.sh --suite demo": (LATER, f"=python -m nostalgia.train --debug --suite demo {RUN}"),
-    "python -m nostalgia.train --suite demo": (
-        HERE,
-        RUN + " logger.tensorboard=true nostalgia.predict_forgetting=true",
+    "launch/debug.sh --suite demo": (
+        LATER, f"=python -m nostalgia.train --debug --suite demo {RUN} experiment.name=other",
     ),
+    "python -m nostalgia.train --suite demo": (HERE, f"{RUN} {WHOLE}"),
     "python -m nostalgia.train --suite demo method=finetune": (LATER, RUN + " experiment.name=other"),
     "python -m nostalgia.train dataset=digits experiment.split=classes experiment.num_tasks=5 model=vit_tiny": (
         LATER, RUN + " experiment.num_tasks=2",

@@ -61,6 +61,9 @@ def test_a_sweep_goes_on_after_a_failure_and_then_runs_what_is_missing(tmp_path:
     assert (code, errors) == (0, "")
     assert ran(tmp_path) == ["finetune 0"]
     assert "4 runs, 3 complete already" in output
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert "nostalgia" in page
+    assert "finetune" in page
 
     code, output, errors = sweep(tmp_path, *WORDS, "train.epochs=3")
     assert code == 2
