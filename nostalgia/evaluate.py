@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes as those of `nostalgia.train`."""
 
     def run(request: Any, accelerator: Any, precision: str) -> None:
-        from nostalgia.remeasure import remeasure
+        from nostalgia.experiment.remeasure import remeasure
 
         remeasure(request, accelerator, precision)
 

@@ -45,9 +45,9 @@ def main(
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
         watch = FailureWatch(request.config.train.heartbeat_seconds)
         if run is None:
-            from nostalgia import experiment
+            from nostalgia.experiment import program
 
-            run = experiment.run
+            run = program.run
         run(request, accelerator, precision)
         watch.stop()
         accelerator.end_training()

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from nostalgia import experiment
 from nostalgia.config import parse
 from nostalgia.config.checks import check_launch
-from nostalgia.observer import PhaseObserver
+from nostalgia.experiment import program
+from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from nostalgia.parallel.coordination import from_main
 from nostalgia.reporting.drawing import Drawn, run_drawers
@@ -46,13 +46,13 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("ACCELERATE_USE_FSDP", "true" if fsdp else "false")
         patch.setattr(PhaseObserver, "step_taken", record_step)
-        patch.setattr(experiment, "draw_run", lambda *_: Drawn())  # takes longer than the run
+        patch.setattr(program, "draw_run", lambda *_: Drawn())  # takes longer than the run
         request = parse([*WORDS, f"experiment.output_dir={folder}", *words])
         launch = launch_info()
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision)
         try:
-            path = experiment.run(request, accelerator, precision)
+            path = program.run(request, accelerator, precision)
             left = left_behind(path) if accelerator.is_main_process else None
             return {"steps": steps, **from_main(accelerator, left)}
         finally:

@@ -129,7 +129,7 @@ def preload() -> None:
     import sklearn.datasets  # noqa: F401
     import transformers
 
-    import nostalgia.experiment  # noqa: F401
+    import nostalgia.experiment.program  # noqa: F401
 
     _ = transformers.ViTModel, transformers.get_scheduler
 

@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from nostalgia.config import parse
-from nostalgia.dry_run import dry_run
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment import run_info
+from nostalgia.experiment.dry_run import dry_run
+from nostalgia.experiment.info import run_info
 
 SMALL = ("--dry-run", "--quiet", "--suite", "demo")
 

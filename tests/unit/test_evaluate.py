@@ -16,8 +16,8 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import parse
 from nostalgia.evaluation.accuracy import evaluate
 from nostalgia.evaluation.per_class import evaluate_classes
+from nostalgia.experiment.remeasure import _chosen, _folder_task
 from nostalgia.models import make_head
-from nostalgia.remeasure import _chosen, _folder_task
 from nostalgia.training.task_model import TaskModel
 from tests.unit.data.trees import write_tree
 

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nostalgia.checkpointing import Schedule
 from nostalgia.config.schema import Config
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import UsageError
+from nostalgia.experiment.checkpointing import Schedule
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Finetune, Joint, Method, Nostalgia
 from nostalgia.methods.loading import load_method

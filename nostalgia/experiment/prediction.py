@@ -17,13 +17,13 @@ from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.stream import Batch, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
+from nostalgia.experiment.setup import Parts, curvature_options
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.models import norm_statistics
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.run_folder import FORGETTING
-from nostalgia.setup import Parts, curvature_options
 from nostalgia.training.task_model import TaskModel, loss_sum
 
 

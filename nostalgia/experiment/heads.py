@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from nostalgia.data.tasks import Task, head_classes
+from nostalgia.experiment.setup import Parts
 from nostalgia.models import expand_head, make_head
-from nostalgia.setup import Parts
 
 
 def new_heads(parts: Parts, tasks: list[Task]) -> list[nn.Module]:

@@ -21,10 +21,10 @@ from nostalgia.config import Config, Request
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.tasks import Missing, Task, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
+from nostalgia.experiment.setup import Parts, build_parts, source_loader, task_specs
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
 from nostalgia.reporting.streams import make_console
-from nostalgia.setup import Parts, build_parts, source_loader, task_specs
 
 MAX_LINES = 12  # of what is said of one missing data set
 

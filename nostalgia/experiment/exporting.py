@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from nostalgia.data.tasks import head_classes
+from nostalgia.experiment.setup import Parts
 from nostalgia.models.export import export
 from nostalgia.models.model_card import TaskCard
 from nostalgia.reporting.results import RunResults
-from nostalgia.setup import Parts
 
 EXPORT = "export"
 

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents, understood
-from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.errors import NotFoundError
+from nostalgia.experiment.curvature_phase import CurvaturePhase
+from nostalgia.experiment.heads import empty_heads
+from nostalgia.experiment.resume import Resumed
+from nostalgia.experiment.setup import Parts, versions
+from nostalgia.experiment.state import RunState
 from nostalgia.linalg.krylov import LanczosState
 from nostalgia.models import norm_statistics
 from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
-from nostalgia.resume import Resumed
-from nostalgia.run_state import RunState
-from nostalgia.setup import Parts, versions
-from nostalgia.task_heads import empty_heads
 from nostalgia.training.loop import PhaseState, Training
 from nostalgia.training.task_model import TaskModel
 

@@ -1,4 +1,4 @@
-"""A run: the only place where data, models, training, curvature and reporting meet."""
+"""The rounds of a run: what happens with each task, stage by stage, and where it may stop and go on."""
 
 from __future__ import annotations
 
@@ -8,85 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from torch import nn
 
 from nostalgia.checkpoint.store import TASK_END, Contents
-from nostalgia.checkpointing import Checkpointer
-from nostalgia.config import Request
-from nostalgia.curvature_phase import CurvaturePhase
 from nostalgia.data.tasks import Task
-from nostalgia.dry_run import dry_run
 from nostalgia.errors import NostalgiaError
 from nostalgia.evaluation.accuracy import Score, evaluate
-from nostalgia.exporting import EXPORT, export_run
-from nostalgia.full_run import cost_of_full_run
+from nostalgia.experiment.checkpointing import Checkpointer
+from nostalgia.experiment.curvature_phase import CurvaturePhase
+from nostalgia.experiment.heads import new_heads, take_up
+from nostalgia.experiment.info import device_name
+from nostalgia.experiment.observer import PhaseObserver
+from nostalgia.experiment.resume import Resumed
+from nostalgia.experiment.setup import Parts, checkpoint_schedule, optimization, versions
+from nostalgia.experiment.snapshot import Snapshot
+from nostalgia.experiment.state import STAGES, RunState
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosState
 from nostalgia.methods import StepRule
 from nostalgia.methods.finetune import PlainStep
 from nostalgia.models import norm_statistics
-from nostalgia.models.backbones import has_adapters
-from nostalgia.observer import PhaseObserver
 from nostalgia.parallel.accelerator import strategy, wrap_by_layer
 from nostalgia.parallel.guard import check_consistency
 from nostalgia.projection import MemoryUpdate
-from nostalgia.reporting.console import RunInfo, TaskInfo, TaskOutcome, print_config, print_final, start_panel, task_row
-from nostalgia.reporting.drawing import draw_run
+from nostalgia.reporting.console import TaskOutcome, task_row
 from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.report import write_report
-from nostalgia.reporting.results import RunResults, write_results
-from nostalgia.reporting.run_folder import read_run
+from nostalgia.reporting.results import RunResults
 from nostalgia.reporting.run_log import RunLog
-from nostalgia.reporting.streams import make_console
-from nostalgia.resume import Resumed, open_run
-from nostalgia.run_state import STAGES, RunState
-from nostalgia.setup import Parts, build_parts, checkpoint_schedule, optimization, versions
-from nostalgia.snapshot import Snapshot
-from nostalgia.task_heads import new_heads, take_up
 from nostalgia.training.loop import Phase, Training
 from nostalgia.training.task_model import TaskModel
-
-
-def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
-    """Run what the command line asks for; returns the run's folder (None for a dry run)."""
-    folder, resumed = (None, None) if request.dry_run else open_run(request, accelerator)
-    config = request.config
-    set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
-    if config.train.detect_anomaly:
-        torch.autograd.set_detect_anomaly(True)
-    if folder is None:
-        dry_run(request, accelerator, precision, run_info)
-        return None
-    parts = build_parts(config, accelerator, precision)
-    console = make_console(quiet=not accelerator.is_main_process)
-    print_config(
-        console,
-        OmegaConf.to_container(OmegaConf.structured(config), resolve=True),  # type: ignore[arg-type]
-        quiet=request.quiet,
-        path=folder / "config.yaml",
-    )
-    info = run_info(parts, request, folder)
-    console.print(start_panel(info))
-    with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
-        experiment = Experiment(parts, folder, progress, resumed)
-        results = experiment.run()
-    if accelerator.is_main_process:
-        paths = write_results(folder / "results", results)
-        drawn = draw_run(read_run(folder), folder / "results" / "figures")
-        experiment.log.figures(drawn.made)
-        if config.experiment.export:
-            paths[EXPORT] = export_run(folder, parts, results, request.argv)
-        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
-        print_final(console, results, paths)
-        for name, why in drawn.skipped.items():
-            console.print(f"figure {name} not drawn: {why}", highlight=False)
-        if request.debug:
-            console.print(cost_of_full_run(request, parts, info, folder))
-    experiment.log.finish(results)
-    accelerator.wait_for_everyone()
-    return folder
 
 
 class Experiment:
@@ -409,52 +359,3 @@ class Experiment:
                 )
             )
         )
-
-
-def run_info(parts: Parts, request: Request, folder: Path) -> RunInfo:
-    """What the start panel shows."""
-    config, accelerator = parts.config, parts.accelerator
-    parameters = list(parts.backbone.parameters())
-    projects = parts.method.needs_curvature
-    chosen = config.nostalgia.project_params
-    if chosen == "auto":
-        chosen = "lora-only" if has_adapters(parts.backbone) else "backbone"
-    tasks = len(parts.tasks)
-    memory = parts.memory
-    columns = min(memory.k_max, tasks * memory.k) if memory.merge == "union" else memory.k
-    itemsize = 2 if config.nostalgia.basis_dtype == "bfloat16" else parts.space.zeros(0).element_size()
-    placement = memory.place(parts.space)
-    local = parts.space.size if placement.replicated else parts.space.local_size
-    return RunInfo(
-        method=parts.method.name,
-        seed=config.experiment.seed,
-        tasks=[
-            TaskInfo(
-                name=t.name, num_classes=len(t.classes), num_train=len(t.train), num_val=len(t.val), source=t.source
-            )
-            for t in parts.tasks
-        ],
-        model=config.model.name,
-        total_parameters=sum(p.numel() for p in parameters),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        projected_parameters=parts.space.size if projects else 0,
-        projected=chosen if projects else "",
-        devices=f"{accelerator.num_processes} x {device_name(accelerator)}",
-        strategy=strategy(accelerator),
-        precision=parts.precision,
-        per_device_batch_size=config.dataset.batch_size,
-        accumulation_steps=config.train.gradient_accumulation_steps,
-        global_batch_size=config.dataset.batch_size
-        * config.train.gradient_accumulation_steps
-        * accelerator.num_processes,
-        epochs=[parts.epochs(t) for t in parts.tasks],
-        run_dir=folder,
-        suite=request.suite,
-        basis_columns=columns if projects else 0,
-        basis_bytes=columns * local * itemsize if projects else 0,
-        basis_placement=str(placement),
-    )
-
-
-def device_name(accelerator: Accelerator) -> str:
-    return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)

@@ -17,17 +17,17 @@ from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.data.stream import Batch, Prepared, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
+from nostalgia.experiment.prediction import ForgettingCheck, directions
+from nostalgia.experiment.setup import Parts, curvature_options
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.models.backbones import projected_parameters
 from nostalgia.parallel.accelerator import sharded_copy, strategy
 from nostalgia.parallel.coordination import agree
-from nostalgia.prediction import ForgettingCheck, directions
 from nostalgia.projection import MemoryUpdate
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.progress import Progress
 from nostalgia.reporting.run_log import RunLog
-from nostalgia.setup import Parts, curvature_options
 from nostalgia.training.task_model import TaskModel, loss_sum
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.panel import Panel
 
 from nostalgia.config import Request, parse
+from nostalgia.experiment.setup import Parts
 from nostalgia.reporting.console import RunInfo
 from nostalgia.reporting.cost import Measured, TaskLoad, Workload, cost_panel, estimate
 from nostalgia.reporting.run_folder import read_run
-from nostalgia.setup import Parts
 
 
 def cost_of_full_run(request: Request, parts: Parts, info: RunInfo, folder: Path) -> Panel:

@@ -15,7 +15,8 @@ from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import EvaluationRequest
 from nostalgia.evaluation.per_class import evaluate_classes
-from nostalgia.exporting import EXPORT
+from nostalgia.experiment.exporting import EXPORT
+from nostalgia.experiment.setup import load_tasks, task_loader, task_specs
 from nostalgia.models import load_heads, norm_statistics
 from nostalgia.models.exported import load_classes, load_export
 from nostalgia.parallel.coordination import agree
@@ -23,7 +24,6 @@ from nostalgia.reporting.class_table import Measured, print_measured
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.results import read_results
 from nostalgia.reporting.streams import make_console
-from nostalgia.setup import load_tasks, task_loader, task_specs
 
 Classes = dict[str, list[str]]  # what the outputs of each task's head stand for
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from nostalgia.checkpoint import store
 from nostalgia.config import Config, Request, save
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.experiment.setup import versions
 from nostalgia.linalg.krylov import LanczosState
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.reporting.trackers import flatten
-from nostalgia.setup import versions
 from nostalgia.training.loop import PhaseState
 
 # What a resumed run may change: nothing of it changes what is computed (but for rounding).

@@ -1,0 +1,66 @@
+"""A run from its request to its last file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+
+from nostalgia.config import Request
+from nostalgia.experiment.dry_run import dry_run
+from nostalgia.experiment.exporting import EXPORT, export_run
+from nostalgia.experiment.full_run import cost_of_full_run
+from nostalgia.experiment.info import run_info
+from nostalgia.experiment.resume import open_run
+from nostalgia.experiment.rounds import Experiment
+from nostalgia.experiment.setup import build_parts
+from nostalgia.reporting.console import print_config, print_final, start_panel
+from nostalgia.reporting.drawing import draw_run
+from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.report import write_report
+from nostalgia.reporting.results import write_results
+from nostalgia.reporting.run_folder import read_run
+from nostalgia.reporting.streams import make_console
+
+
+def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
+    """Run what the command line asks for; returns the run's folder (None for a dry run)."""
+    folder, resumed = (None, None) if request.dry_run else open_run(request, accelerator)
+    config = request.config
+    set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
+    if config.train.detect_anomaly:
+        torch.autograd.set_detect_anomaly(True)
+    if folder is None:
+        dry_run(request, accelerator, precision, run_info)
+        return None
+    parts = build_parts(config, accelerator, precision)
+    console = make_console(quiet=not accelerator.is_main_process)
+    print_config(
+        console,
+        OmegaConf.to_container(OmegaConf.structured(config), resolve=True),  # type: ignore[arg-type]
+        quiet=request.quiet,
+        path=folder / "config.yaml",
+    )
+    info = run_info(parts, request, folder)
+    console.print(start_panel(info))
+    with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
+        experiment = Experiment(parts, folder, progress, resumed)
+        results = experiment.run()
+    if accelerator.is_main_process:
+        paths = write_results(folder / "results", results)
+        drawn = draw_run(read_run(folder), folder / "results" / "figures")
+        experiment.log.figures(drawn.made)
+        if config.experiment.export:
+            paths[EXPORT] = export_run(folder, parts, results, request.argv)
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        print_final(console, results, paths)
+        for name, why in drawn.skipped.items():
+            console.print(f"figure {name} not drawn: {why}", highlight=False)
+        if request.debug:
+            console.print(cost_of_full_run(request, parts, info, folder))
+    experiment.log.finish(results)
+    accelerator.wait_for_everyone()
+    return folder
