@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nostalgia.curvature import GGNOperator, HessianOperator
+from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.forgetting import ForgettingPrediction
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.lanczos import lanczos
+from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.parallel.modules import bare_module, reshard
 from tests.unit.curvature.networks import (
     NETWORKS,
@@ -32,6 +34,7 @@ from tests.unit.curvature.networks import (
     loss_fn,
     mlp,
 )
+from tests.unit.linalg.operators import DenseOperator
 
 SAMPLES = 11
 SHARES = {1: [0, 11], 2: [0, 11, 11], 3: [0, 7, 7, 11]}  # unequal, and an empty rank
@@ -46,6 +49,8 @@ def check_all() -> dict[str, Any]:
     return {
         "products": check_products(),
         "eigenpairs": check_eigenpairs(),
+        "float32": check_float32_eigenvalues(),
+        "spectrum": check_spectrum(),
         "forgetting": check_forgetting(),
     }
 
@@ -132,6 +137,43 @@ def check_eigenpairs() -> dict[str, list[float]]:
         pairs = lanczos(operator, 4, tol=1e-9, true_residuals=True)
         assert bool(pairs.converged.all())
         found[wrap] = [float((pairs.eigenvalues - expected).abs().max()), float(pairs.residuals.max())]
+    return found
+
+
+def check_float32_eigenvalues() -> dict[str, float]:
+    """Relative error in the largest of float32 eigenvalues at the parameters that the dense matrix is of."""
+    (data,) = batches("mlp", (SAMPLES,))
+    oracle = Oracle(mlp().float().double(), [name for name, _ in mlp().named_parameters()], [data])
+    found = {}
+    for kind, matrix in ((HessianOperator, oracle.hessian()), (GGNOperator, oracle.gauss_newton())):
+        expected = torch.linalg.eigvalsh(matrix).flip(0)[:4]
+        for wrap in ("bare", "ddp", "fsdp2"):
+            function = loss_fn if kind is HessianOperator else forward_fn
+            operator = kind(wrapped(mlp().float(), wrap), function, share("mlp", data))
+            pairs = lanczos(operator, 4, tol=1e-4)
+            assert bool(pairs.converged.all())
+            found[f"{kind.__name__} {wrap}"] = float((pairs.eigenvalues - expected).abs().max() / expected[0])
+    return found
+
+
+def check_spectrum() -> dict[str, list[float]]:
+    """Errors of trace and density against the same random vectors on the dense matrix; products and their noise."""
+    (data,) = batches("mlp", (SAMPLES,))
+    matrix = Oracle(mlp(), [name for name, _ in mlp().named_parameters()], [data]).hessian()
+    found = {}
+    for wrap in ("ddp", "fsdp2"):
+        operator = HessianOperator(wrapped(mlp(), wrap), loss_fn, share("mlp", data))
+        space = operator.space
+        dense = DenseOperator(matrix, VectorSpace(space.names, space.shapes, "local", dtype=space.dtype))
+        dense.products = 0  # counted by operators of batches only
+        mine, expected = (estimate_spectrum(o, runs=2, steps=8, seed=3) for o in (operator, dense))
+        found[wrap] = [
+            abs(mine.trace - expected.trace),
+            float((mine.density - expected.density).abs().max()),
+            float((mine.grid - expected.grid).abs().max()),
+            abs(mine.trace - float(matrix.trace())) / mine.trace_error,
+            mine.products,
+        ]
     return found
 
 

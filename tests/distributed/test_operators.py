@@ -35,6 +35,22 @@ def test_eigenpairs_equal_the_dense_ones(outcome):
         assert result["eigenpairs"] == outcome[0]["eigenpairs"]
 
 
+def test_float32_eigenvalues_are_those_of_the_dense_matrix(outcome):
+    for result in outcome:
+        assert len(result["float32"]) == 6
+        for what, error in result["float32"].items():
+            assert error <= 1e-5, what
+
+
+def test_trace_and_density_are_those_of_the_dense_matrix(outcome):
+    for result in outcome:
+        for trace, density, grid, deviation, products in result["spectrum"].values():
+            assert max(trace, density, grid) <= 1e-8
+            assert deviation <= 5  # standard errors from the true trace
+            assert products == 3 * 8
+        assert result["spectrum"] == outcome[0]["spectrum"]
+
+
 def test_predicted_forgetting_is_that_of_one_process(outcome):
     expected = run_here()
     for result in outcome:
