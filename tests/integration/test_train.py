@@ -136,7 +136,8 @@ def test_refusals(tmp_path: Path, words: tuple[str, ...], code: int, message: st
 def test_a_folder_that_goes_away_ends_in_one_line(tmp_path: Path) -> None:
     """A file where a result's folder has to be made stands for any disk that stops taking writes."""
     program = (
-        "import sys; from pathlib import Path; import nostalgia.experiment.resume as e; from nostalgia.train import main\n"
+        "import sys; from pathlib import Path\n"
+        "import nostalgia.experiment.resume as e; from nostalgia.train import main\n"
         "original = e.make_run_folder\n"
         "def blocked(*given):\n"
         "    folder = original(*given); (folder / 'curvature').write_text('in the way'); return folder\n"

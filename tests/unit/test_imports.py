@@ -112,7 +112,7 @@ def found() -> list[Import]:
 
 
 def test_every_package_has_a_place() -> None:
-    """A new package is to be put into TIERS; only `experiment` and commands (`scripts`) stand at the top in a folder."""
+    """A new package is to be put into TIERS; only `experiment` and commands (`scripts`) stand above in a folder."""
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages - set(LEVEL) <= {"experiment", "scripts"}
 

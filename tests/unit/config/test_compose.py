@@ -167,3 +167,10 @@ def test_switches_are_understood_unquoted(key: str) -> None:
 def test_joint_training_has_no_forgetting_to_predict() -> None:
     with pytest.raises(UsageError, match=r"predict_forgetting=true with method=joint.*use auto or false"):
         parse(["method=joint", "nostalgia.predict_forgetting=true"])
+
+
+def test_the_demo_with_another_network() -> None:
+    assert parse(["--suite", "demo"]).config.model.config["patch_size"] == 2
+    assert parse(["--suite", "demo"]).config.model.config["hidden_size"] == 64
+    model = parse(["--suite", "demo", "model=resnet18"]).config.model
+    assert (model.name, model.arch, model.config) == ("resnet18", "resnet18", {})
