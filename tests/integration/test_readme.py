@@ -19,6 +19,8 @@ import pytest
 from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration.stubs import slurm, torchrun
 
+pytestmark = pytest.mark.timeout(900)  # half a minute on an idle machine; a busy one takes its time
+
 README = (ROOT / "README.md").read_text()
 
 # Words that make a run of the program short.
@@ -163,7 +165,7 @@ def drive(place: Path, environment: dict[str, str], wanted: list[str]) -> dict[s
         input=json.dumps(wanted),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     ended = {line[0]: (line[1], line[2]) for line in map(json.loads, done.stdout.splitlines())}
     assert set(ended) == set(wanted), done.stderr
