@@ -94,6 +94,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         HERE, "=python -m nostalgia.report runs/demo/latest runs/other/latest --out report.html",
     ),
     "python -m nostalgia.train --config runs/demo/latest/config.yaml": (LATER, ""),
+    **{
+        f"python -m bench.{name}": ("tests/integration/test_bench.py", "")
+        for name in ("products", "solvers", "projection", "pipeline")
+    },
+    "python -m tests.faults.soak": ("tests/faults/test_soak.py", ""),
 }  # fmt: skip
 
 # Runs commands of the program in one process, in order; says for each how it ended, and what it printed where badly.
