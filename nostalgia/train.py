@@ -65,7 +65,7 @@ def main(
     except Exception as error:  # a bug, or the echo of another rank's failure
         other = watch.other() if watch is not None else None
         if other is not None:
-            leave(other.exit_code)
+            leave(other.exit_code, stuck=other.stuck)
         traceback.print_exc()
         _stop(watch, 1, f"error: {type(error).__name__}: {error}")
         leave(1)
@@ -76,6 +76,8 @@ def _stop(watch: FailureWatch | None, exit_code: int, line: str) -> None:
     """Print ``line`` once for the whole run: by the first rank that failed, or rank 0 before ranks know each other."""
     if watch.announce(exit_code, line) if watch is not None else os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
+    if watch is not None:
+        watch.linger()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from nostalgia.parallel.exit_code import leave
-from nostalgia.parallel.heartbeat import Heartbeats
+from nostalgia.parallel.heartbeat import Heartbeats, launcher_holds_store
 
 KEY = "nostalgia/failure"
 POLL_SECONDS = 0.5
@@ -43,6 +43,7 @@ class FailureWatch:
         self._store: Store | None = None
         self._stopped = threading.Event()
         self._beats: Heartbeats | None = None
+        self._seen: Failure | None = None  # another rank's: the store may be gone when it is asked for
         self.rank = 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank = dist.get_rank()
@@ -68,13 +69,18 @@ class FailureWatch:
         """The failure of another rank, waiting ``seconds`` for one: an error here may only be its echo."""
         deadline = time.monotonic() + seconds
         while self._store is not None:
-            failure = self._read()
+            failure = self._seen or self._read()
             if failure is not None and failure.rank != self.rank:
                 return failure
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         return None
+
+    def linger(self) -> None:
+        """Before a rank that failed ends: where it holds the store, the others must hear of it first."""
+        if self._store is not None and self.rank == 0 and not launcher_holds_store():
+            time.sleep(2 * POLL_SECONDS)
 
     def stop(self) -> None:
         """The run is over: a rank that ends now is not one that failed."""
@@ -95,6 +101,7 @@ class FailureWatch:
         while not self._stopped.wait(POLL_SECONDS if beats is None else min(POLL_SECONDS, beats.seconds)):
             failure = self._read()
             if failure is not None and failure.rank != self.rank:
+                self._seen = failure
                 time.sleep(GRACE_SECONDS)
                 leave(failure.exit_code, stuck=failure.stuck)
             if beats is not None and time.monotonic() >= due:

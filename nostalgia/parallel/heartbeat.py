@@ -68,7 +68,7 @@ class Heartbeats:
         """The line that names what is silent; None while all is well."""
         if self.store_is_silent():
             who = f"rank 0{self._host([0])}"
-            if _launcher_holds_store():
+            if launcher_holds_store():
                 who = f"the launcher on {os.environ.get('MASTER_ADDR', 'the first machine')}"
             return self._line(who)
         ranks = self.silent_ranks()
@@ -80,7 +80,7 @@ class Heartbeats:
     def speaks_alone(self) -> bool:
         """Whether this rank prints where the store cannot settle who does: the first on its machine that can."""
         first = self.last[0]
-        beside = not _launcher_holds_store() and (first is None or first.host == socket.gethostname())
+        beside = not launcher_holds_store() and (first is None or first.host == socket.gethostname())
         return int(os.environ.get("LOCAL_RANK", "0")) <= beside  # rank 0 would be the one that is silent
 
     def _host(self, ranks: list[int]) -> str:
@@ -109,6 +109,6 @@ class Heartbeats:
         return beats
 
 
-def _launcher_holds_store() -> bool:
+def launcher_holds_store() -> bool:
     """Whether torchrun keeps the group's store, as it does unless told not to; otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
