@@ -67,17 +67,13 @@ def benchmark(options: argparse.Namespace) -> None:
     except ValueError:
         raise UsageError(f"--workers {options.workers}: whole numbers by commas, such as 0,2,4") from None
     with photographs(options.folder, options.num_images, options.seed) as folder:
-        rows = [
-            measure(folder, mode, number, device, options) for mode in ("train", "eval") for number in workers
-        ]
+        rows = [measure(folder, mode, number, device, options) for mode in ("train", "eval") for number in workers]
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     results = {"benchmark": "pipeline", "bytes": size, "rows": rows}
     common.report(options, device, results, [_table(rows, options)])
 
 
-def measure(
-    folder: Path, mode: str, workers: int, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure(folder: Path, mode: str, workers: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     ours = our_pass(folder, mode, workers, device, options)
     theirs = plain_pass(folder, mode, workers, device, options)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}

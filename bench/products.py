@@ -107,9 +107,7 @@ def benchmark(options: argparse.Namespace) -> None:
 class Bench:
     """Times products with one network on this rank's batches; all ranks do the same in step."""
 
-    def __init__(
-        self, model: Classifier, batches: list[Batch], device: torch.device, repeats: int, seed: int
-    ) -> None:
+    def __init__(self, model: Classifier, batches: list[Batch], device: torch.device, repeats: int, seed: int) -> None:
         self.model, self.batches, self.device, self.repeats, self.seed = model, batches, device, repeats, seed
         self.exact: dict[type[BatchedOperator], Tensor] = {}
 
