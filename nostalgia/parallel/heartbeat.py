@@ -93,7 +93,7 @@ class Heartbeats:
         return (
             f"{who} {'have' if plural else 'has'} not answered for {self.bound:g} s: "
             f"{'they are' if plural else 'it is'} stopped or {'their' if plural else 'its'} machine is gone; look at "
-            "that machine, then go on with --resume (train.heartbeat_seconds sets this limit, 0 waits until the timeout)"
+            "that machine, then go on with --resume (train.heartbeat_seconds sets this limit; 0: the timeout does)"
         )
 
     def _read(self, store: Store) -> dict[int, Beat]:
