@@ -127,6 +127,7 @@ def check(run: Path) -> None:
         assert [t["accuracy"] for t in found["tasks"]] == results["accuracy_matrix"][-1]
 
 
+@pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     """Each layout and each network once, for three of the suites; measured again from the export."""
     plan = Plan(tmp_path, weights, data)
@@ -137,7 +138,7 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     plan.train("robustness", "folders", "deit_base_distilled", "--debug")
     measured = tmp_path / "folder.json"
     plan.evaluate("--data", str(data("folders", "robustness") / "imagenet-a"), "--task", "3", "--output", str(measured))
-    plan.run(1, timeout=280)
+    plan.run(1, timeout=580)
     (resnet, vit, deit) = plan.runs
     results = json.loads((deit / "results" / "results.json").read_text())
     (folder,) = json.loads(measured.read_text())["tasks"]
@@ -147,6 +148,7 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     assert (resnet / "export" / "norm_statistics.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_a_head_that_goes_on(tmp_path: Path) -> None:
     """One head for two tasks, in turn, taken up again from the checkpoint, and jointly; measured from the export."""
     plan = Plan(tmp_path, {}, lambda layout, suite: tmp_path)
@@ -156,7 +158,7 @@ def test_a_head_that_goes_on(tmp_path: Path) -> None:
         plan.lines.append(["train", [*words, *more, f"experiment.output_dir={tmp_path / name}"], None])
         plan.lines.append(["evaluate", [str(tmp_path / name / "latest")], None])
     plan.lines.insert(1, ["train", ["--resume", str(tmp_path / "turn" / "latest")], None])
-    plan.run(1, timeout=280)
+    plan.run(1, timeout=580)
     for name in ("turn", "joint"):
         run = tmp_path / name / "latest"
         heads = load_heads(run / "export" / "heads.safetensors")
@@ -167,11 +169,12 @@ def test_a_head_that_goes_on(tmp_path: Path) -> None:
         assert results["classes"] == [["1", "2", "3"], ["1", "2", "3", "0", *"456789"]]
 
 
+@pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     plan = Plan(tmp_path, weights, data)
     plan.train("finegrained", "hub", "vit", "--debug")
     plan.evaluate()
-    plan.run(2, timeout=280)
+    plan.run(2, timeout=580)
 
 
 @pytest.mark.long
