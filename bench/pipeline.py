@@ -150,7 +150,7 @@ def plain_pass(
 
 @contextmanager
 def photographs(folder: Path | None, count: int, seed: int) -> Iterator[Path]:
-    """A folder of ``count`` JPEG files in classes: links to those of ``folder``, or crops of known photographs."""
+    """``count`` JPEG files in class folders: links to those of ``folder``, or crops of scikit-learn's photographs."""
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         if folder is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     common.add_device(arguments)
+    common.add_clock(arguments)
     size = arguments.add_mutually_exclusive_group()
     size.add_argument("--parameters", type=int, default=1_000_000, help="P (default 1,000,000, in 48 tensors)")
     size.add_argument("--model", choices=list(MODELS), help="take P and the tensors of this network instead")
@@ -65,35 +67,40 @@ def benchmark(options: argparse.Namespace) -> None:
         raise UsageError(f"--k {options.k}: whole numbers by commas, such as 32,128") from None
     if min(ranks) < 1 or max(ranks) > size:
         raise UsageError(f"--k {options.k}: allowed is 1 to {size}, the number of parameters")
-    rows = [measure(parameters, k, dtype, device, options.repeats) for k in ranks for dtype in dtypes]
+    timer = Timer(device, options.repeats, common.clock(options, device))
+    rows = [measure(parameters, k, dtype, timer) for k in ranks for dtype in dtypes]
     results = {"benchmark": "projection", "parameters": size, "rows": rows}
     common.report(options, device, results, [_table(rows, size)])
 
 
-def measure(
-    parameters: dict[str, nn.Parameter], k: int, dtype: str, device: torch.device, repeats: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Timer:
+    device: torch.device
+    repeats: int
+    clock: common.Clock
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        return common.seconds(call, self.device, self.repeats, self.clock)
+
+
+def measure(parameters: dict[str, nn.Parameter], k: int, dtype: str, timer: Timer) -> dict[str, Any]:
     """One row: Q of ``k`` rows in ``dtype`` over ``parameters``."""
     memory = cosine_memory(parameters, k, DTYPES[dtype])
     basis = memory.basis
     assert basis is not None
     projector = GradientProjector(memory, parameters)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.05)
-    generator = torch.Generator(device=device).manual_seed(k)
+    generator = torch.Generator(device=timer.device).manual_seed(k)
 
     def new_gradients() -> None:
         for p in parameters.values():
-            p.grad = torch.randn(p.shape, generator=generator, device=device)
+            p.grad = torch.randn(p.shape, generator=generator, device=p.device)
 
     new_gradients()
-    limit = 2 * basis.numel() * basis.element_size() / bandwidth(basis, device, repeats)
-    gradient = min(common.seconds(projector.project_gradients, device, repeats))
-    plain = min(common.seconds(optimizer.step, device, repeats))
-    whole = []
-    for _ in range(repeats + 1):
-        new_gradients()
-        projector.project_gradients()
-        whole += common.seconds(lambda: projector.constrain_step(optimizer), device, 1, warmup=0)
+    limit = 2 * basis.numel() * basis.element_size() / bandwidth(basis, timer)
+    gradient = timer(projector.project_gradients)
+    plain = timer(optimizer.step)
+    whole = timer(lambda: projector.constrain_step(optimizer))
     reads = count_reads(basis, projector.project_gradients)
     constrained_reads = count_reads(basis, lambda: projector.constrain_step(optimizer))
     # The plain steps above left the complement: the leak is that of constrained ones alone.
@@ -102,7 +109,7 @@ def measure(
         new_gradients()
         fresh.project_gradients()
         fresh.constrain_step(optimizer)
-    constrained = min(whole[1:]) - plain
+    constrained = whole - plain
     return {
         "k": k,
         "dtype": dtype,
@@ -131,12 +138,12 @@ def cosine_memory(parameters: dict[str, nn.Parameter], k: int, dtype: torch.dtyp
     return memory
 
 
-def bandwidth(basis: Tensor, device: torch.device, repeats: int) -> float:
+def bandwidth(basis: Tensor, timer: Timer) -> float:
     """Bytes a second of the faster of a plain read and a plain copy of ``basis``."""
     size = basis.numel() * basis.element_size()
     flat, target = basis.view(-1), torch.empty_like(basis).view(-1)
-    read = min(common.seconds(flat.sum, device, repeats))
-    copy = min(common.seconds(lambda: target.copy_(flat), device, repeats))
+    read = timer(flat.sum)
+    copy = timer(lambda: target.copy_(flat))
     return max(size / read, 2 * size / copy)
 
 

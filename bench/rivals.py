@@ -91,7 +91,7 @@ class Meter:
     def running(self) -> Iterator[None]:
         synchronise(self.device)
         self._start = (time.perf_counter(), time.process_time())
-        with self.held or contextlib.nullcontext():
+        with contextlib.nullcontext() if self.held is None else self.held:
             yield
             synchronise(self.device)
         self.elapsed = (time.perf_counter() - self._start[0], time.process_time() - self._start[1])
