@@ -34,6 +34,7 @@ class Soak:
         self.words = (*forking.SMALL, f"dataset.batch_size={32 // self.world_size}", *words)
         self.log = folder / "log"
         self.problems: list[str] = []
+        self.which: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def launch(self, run_dir: Path, **options: Any) -> forking.Ranks:
         words = [*self.words, "--run-dir", str(run_dir), "--resume", "auto"]
@@ -64,7 +65,7 @@ class Soak:
     def signals(self, count: int) -> None:
         """Each signal at ``count`` random moments: 75 on every rank within seconds, and the run goes on from there."""
         expected = self.whole()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) * count:
+        for number in self.which * count:
             run_dir = self._fresh("stopped")
             ranks = self.launch(run_dir)
             while not (run_dir / "metrics.csv").exists():  # from then on signals are listened to
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["kills", "signals", "disk", "crossing"], help="one kind; all without it")
     parser.add_argument("--kills", type=int, default=40, help="for each way to run")
     parser.add_argument("--signals", type=int, default=3, help="of each signal, for each way to run")
+    parser.add_argument("--which", type=signal.Signals.__getitem__, help="one signal, such as SIGTERM (default: all)")
     parser.add_argument("--disk", type=int, default=8, help="moments a disk is full, for each way to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
@@ -170,6 +172,7 @@ def main() -> int:
         for way in options.ways.split(",") if kind != "crossing" else ():
             with tempfile.TemporaryDirectory() as folder:
                 started, soak = time.monotonic(), Soak(Path(folder), way, options.seed)
+                soak.which = soak.which if options.which is None else (options.which,)
                 count = getattr(options, kind)
                 getattr(soak, kind)(count)
                 tell(f"{way}: {count} {kind}", started, soak.problems)
