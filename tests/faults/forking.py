@@ -47,7 +47,7 @@ class Ranks:
                 _child(words, rank, world_size, port, fsdp, kill, log, setup)
             self.pids.append(pid)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """Exit codes (-9 for one killed); when one process is killed the others are too, as a launcher would."""
         codes: dict[int, int] = {}
         deadline = time.monotonic() + timeout
@@ -76,7 +76,7 @@ class Ranks:
             os.kill(pid, number)
 
 
-def run(words: Sequence[str], world_size: int = 1, *, timeout: float = 120, **options: Any) -> list[int]:
+def run(words: Sequence[str], world_size: int = 1, *, timeout: float = 300, **options: Any) -> list[int]:
     return Ranks(words, world_size, **options).wait(timeout)
 
 
