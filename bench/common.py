@@ -76,13 +76,13 @@ def pick_device(name: str) -> torch.device:
     """The device for this rank; several ranks take several cards in turn, and share one where there is only one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    if name.split(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: no CUDA device is visible here; use --device cpu")
-        if device.index is None:
+        if ":" not in name:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device

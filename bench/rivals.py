@@ -76,7 +76,8 @@ class Meter:
     def count(self, product: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
             self.products += 1
-            with contextlib.nullcontext([]) if self.held is None else self.held.paused() as results:
+            with contextlib.ExitStack() as stack:
+                results = [] if self.held is None else stack.enter_context(self.held.paused())
                 result = product(*args)
                 results.append(result)
                 if self.first is None:
@@ -91,7 +92,9 @@ class Meter:
     def running(self) -> Iterator[None]:
         synchronise(self.device)
         self._start = (time.perf_counter(), time.process_time())
-        with contextlib.nullcontext() if self.held is None else self.held:
+        with contextlib.ExitStack() as stack:
+            if self.held is not None:
+                stack.enter_context(self.held)
             yield
             synchronise(self.device)
         self.elapsed = (time.perf_counter() - self._start[0], time.process_time() - self._start[1])
@@ -184,8 +187,8 @@ def _eigenthings(problem: Problem, meter: Meter, solve: Callable[..., Any]) -> S
     def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    operator = Theirs(problem.model, problem.batches, mean_loss)
-    operator.matvec = meter.count(operator.matvec)  # type: ignore[method-assign]
+    operator: Any = Theirs(problem.model, problem.batches, mean_loss)
+    operator.matvec = meter.count(operator.matvec)
     with sdpa_kernel(SDPBackend.MATH), meter.running():
         result = solve(operator, k=problem.k, seed=problem.seed)
     return meter.solved(result.eigenvalues, result.eigenvectors, "magnitude")

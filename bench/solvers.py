@@ -81,6 +81,7 @@ def benchmark(options: argparse.Namespace) -> None:
     problem = Problem(model, batches, options.k, options.tol, options.seed, device)
     judge = Judge.of(problem)
     rows = measure(problem, chosen, judge, options.repeats)
+    comparison = compare(rows)
     results = {
         "benchmark": "solvers",
         "network": {
@@ -91,9 +92,9 @@ def benchmark(options: argparse.Namespace) -> None:
             "eigenvalue_k": float(judge.values[options.k - 1]),
         },
         "rows": rows,
-        "comparison": compare(rows),
+        "comparison": comparison,
     }
-    common.report(options, device, results, [_table(rows, options, judge), *_sentences(results["comparison"])])
+    common.report(options, device, results, [_table(rows, options, judge), *_sentences(comparison)])
 
 
 def measure(problem: Problem, chosen: Sequence[str], judge: Judge, repeats: int) -> list[dict[str, Any]]:
