@@ -57,8 +57,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
             paths[EXPORT] = export_run(folder, parts, results, request.argv)
         paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
         print_final(console, results, paths)
-        for name, why in drawn.skipped.items():
-            console.print(f"figure {name} not drawn: {why}", highlight=False)
+        if drawn.skipped:  # `plot_all` says why of each
+            console.print(f"nothing to draw for  {', '.join(drawn.skipped)}", highlight=False)
         if request.debug:
             console.print(cost_of_full_run(request, parts, info, folder))
     experiment.log.finish(results)
