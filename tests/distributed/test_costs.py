@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import cases_costs
-from tests.distributed.harness import run_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def costs():
     """By number of ranks, then rank, then wrapping."""
     (alone,) = cases_costs.check(["bare"]).values()
-    several = {
-        ranks: run_ranks("tests.distributed.cases_costs:check", ranks, wraps=["ddp", "fsdp2"]) for ranks in (2, 4)
-    }
+    several = {ranks: run_ranks(cases_costs.check, ranks, wraps=["ddp", "fsdp2"]) for ranks in (2, 4)}
     return {1: [{"ddp": alone, "fsdp2": alone}], **several}
 
 

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from tests.distributed.harness import run_ranks
+from tests.distributed import cases_device
+from tests.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,9 +16,9 @@ pytestmark = [
 ]
 
 
-def test_two_ranks_on_one_card_equal_the_dense_matrices_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-    for errors in run_ranks("tests.distributed.cases_device:check_all", 2, device="cuda"):
+def test_two_ranks_on_one_card_equal_the_dense_matrices_of_the_cpu() -> None:
+    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    for errors in run_ranks(cases_device.check_all, 2, environment=one, device="cuda"):
         assert len(errors) == 3 * 2 * 4 + 2 * 3
         for what, error in errors.items():
             assert error <= (1e-8 if "eigenvalues" in what else 1e-10), what

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from tests.distributed.harness import ROOT, cpu_environment, launch_command
+from tests.distributed import diverging_run
+from tests.ranks import run
 
 PARAMETER = "model.layers.1.mlp.fc1.weight"
 WORDS = (
@@ -15,13 +15,9 @@ WORDS = (
 
 
 def test_a_parameter_that_differs_on_one_rank_ends_the_run(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*launch_command(2), "-m", "tests.distributed.diverging_run", PARAMETER, *WORDS,
-         f"experiment.output_dir={tmp_path / 'runs'}"],
-        cwd=ROOT, env=cpu_environment(NOSTALGIA_EXIT_FILE=str(tmp_path / "code")), capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert (tmp_path / "code").read_text() == "4"
+    words = [*WORDS, f"experiment.output_dir={tmp_path / 'runs'}"]
+    done = run(diverging_run.main, PARAMETER, words, world_size=2)
+    assert done.codes == [4, 4]
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"epoch 1, step 5: ranks have diverged: {PARAMETER} differs on rank 1 from rank 0" in error
     assert "Traceback" not in done.stderr

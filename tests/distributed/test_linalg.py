@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed import cases_linalg
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def outcome():
     """What each rank returned, by number of ranks; the checks inside the ranks have passed."""
-    return {ranks: run_ranks("tests.distributed.cases_linalg:check_all", world_size=ranks) for ranks in (1, 2, 3)}
+    return {ranks: run_ranks(cases_linalg.check_all, world_size=ranks) for ranks in (1, 2, 3)}
 
 
 def test_every_rank_holds_its_part(outcome):

@@ -10,14 +10,15 @@ from nostalgia.curvature import HessianOperator
 from nostalgia.curvature.forgetting import ForgettingPrediction
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.linalg.lanczos import lanczos
-from tests.distributed.harness import run_ranks
+from tests.distributed import cases_operators
+from tests.ranks import run_ranks
 from tests.unit.curvature.networks import batches, loss_fn, mlp
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def outcome(request):
     """What each rank returned; the checks inside the ranks have passed."""
-    return run_ranks("tests.distributed.cases_operators:check_all", request.param)
+    return run_ranks(cases_operators.check_all, request.param)
 
 
 def test_products_equal_the_dense_matrices(outcome):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed import cases_projection
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_projected_steps_equal_the_dense_formulas(ranks):
-    results = run_ranks("tests.distributed.cases_projection:check", ranks)
+    results = run_ranks(cases_projection.check, ranks)
     sizes = list(zip(*(result["shards"] for result in results), strict=True))
     assert any(0 in size for size in sizes)  # empty shards
     assert any(len(set(size) - {0}) > 1 for size in sizes)  # uneven ones

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.cases_training import check_runs
+from tests.ranks import run_ranks
 
-CASE = "tests.distributed.cases_training:check_runs"
 FLOAT64 = ["train.precision=64", "nostalgia.precision=float64"]
 VALIDATION = (72, 72)  # images a task
 
@@ -20,7 +20,7 @@ def runs():
     two = {name: ["dataset.batch_size=16", *FLOAT64] for name in ("ddp", "fsdp")}
     two["sharded bfloat16"] = [*two["ddp"], "nostalgia.basis_placement=sharded", "nostalgia.basis_dtype=bfloat16"]
     with ThreadPoolExecutor() as pool:
-        groups = [pool.submit(run_ranks, CASE, ranks, runs=words) for ranks, words in ((1, one), (2, two))]
+        groups = [pool.submit(run_ranks, check_runs, ranks, runs=words) for ranks, words in ((1, one), (2, two))]
         (alone,), pair = (group.result() for group in groups)
     return {"one": [alone["one"]], **{name: [rank[name] for rank in pair] for name in two}}
 

@@ -8,6 +8,7 @@ python -m tests.faults.soak --only crossing     1 -> 2 -> 1 ranks and DDP -> FSD
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -20,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults import forking
+from tests.faults import runs
+from tests.ranks import Ranks
 
 WAYS = {"single": (1, False), "ddp": (2, False), "fsdp2": (2, True)}
 
@@ -31,29 +33,33 @@ class Soak:
     def __init__(self, folder: Path, way: str, seed: int, words: Sequence[str] = ()) -> None:
         self.folder, self.way, self.draw = folder, way, random.Random(f"{seed} {way}")
         self.world_size, self.fsdp = WAYS[way]
-        self.words = (*forking.SMALL, f"dataset.batch_size={32 // self.world_size}", *words)
-        self.log = folder / "log"
+        self.words = (*runs.SMALL, f"dataset.batch_size={32 // self.world_size}", *words)
         self.problems: list[str] = []
         self.which: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def launch(self, run_dir: Path, **options: Any) -> forking.Ranks:
+    def launch(self, run_dir: Path, kill: tuple[int, int] | None = None) -> Ranks:
         words = [*self.words, "--run-dir", str(run_dir), "--resume", "auto"]
-        return forking.Ranks(words, self.world_size, fsdp=self.fsdp, log=self.log, **options)
+        fsdp = {"ACCELERATE_USE_FSDP": "true"} if self.fsdp else {}
+        return Ranks(runs.disturbed, words, kill, world_size=self.world_size, folder=self.folder, environment=fsdp)
 
+    def log(self) -> str:
+        return (self.folder / "stdout").read_text() + (self.folder / "stderr").read_text()
+
+    @functools.cached_property
     def whole(self) -> dict[str, Any]:
-        codes = self.launch(self.folder / "whole").wait()
-        assert codes == [0] * self.world_size, (codes, self.log.read_text()[-3000:])
-        return forking.outcome(self.folder / "whole")
+        codes = self.launch(self.folder / "whole").wait().codes
+        assert codes == [0] * self.world_size, (codes, self.log()[-3000:])
+        return runs.outcome(self.folder / "whole")
 
     def kills(self, count: int) -> None:
         """``count`` kills in all, over as many runs as it takes, at random events of a random rank."""
-        expected, done = self.whole(), 0
+        expected, done = self.whole, 0
         while done < count:
             run_dir = self._fresh("killed")
             while True:
                 # Few events lie between two checkpoints: most runs come some way before they are killed again.
                 kill = (self.draw.randrange(self.world_size), self.draw.randrange(1, 600)) if done < count else None
-                codes = self.launch(run_dir, kill=kill).wait()
+                codes = self.launch(run_dir, kill=kill).wait().codes
                 if codes == [0] * self.world_size:
                     break
                 if -signal.SIGKILL not in codes:
@@ -64,7 +70,7 @@ class Soak:
 
     def signals(self, count: int) -> None:
         """Each signal at ``count`` random moments: 75 on every rank within seconds, and the run goes on from there."""
-        expected = self.whole()
+        expected = self.whole
         for number in self.which * count:
             run_dir = self._fresh("stopped")
             ranks = self.launch(run_dir)
@@ -73,13 +79,13 @@ class Soak:
             time.sleep(0.3 + self.draw.random() * 4)
             ranks.send(number)
             sent = time.monotonic()
-            codes = ranks.wait(60)
+            codes = ranks.wait(60).codes
             took = time.monotonic() - sent
             if codes != [0] * self.world_size and codes != [75] * self.world_size:
                 self._complain(f"{number.name}: exit codes {codes}")
             if took > 20:
                 self._complain(f"{number.name}: {took:.1f} s to stop")
-            codes = self.launch(run_dir).wait()
+            codes = self.launch(run_dir).wait().codes
             if codes != [0] * self.world_size:
                 self._complain(f"after {number.name}: exit codes {codes}")
                 continue
@@ -87,7 +93,7 @@ class Soak:
 
     def disk(self, count: int) -> None:
         """A disk full at ``count`` moments (a tmpfs, so root only): code 4, and with more space the same end."""
-        expected = self.whole()
+        expected = self.whole
         size = sum(path.stat().st_size for path in (self.folder / "whole").rglob("*") if path.is_file())
         for i in range(count):
             disk = self._fresh("disk")
@@ -95,11 +101,11 @@ class Soak:
             small = f"size={(i + 0.5) * size / count / 2**10:.0f}k"
             subprocess.run(["mount", "-t", "tmpfs", "-o", small, "tmpfs", str(disk)], check=True)
             try:
-                codes = self.launch(disk / "run").wait()
-                if 4 not in codes or "Traceback" in self.log.read_text():
+                codes = self.launch(disk / "run").wait().codes
+                if 4 not in codes or "Traceback" in self.log():
                     self._complain(f"disk of {small}: exit codes {codes}")
                 subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-                codes = self.launch(disk / "run").wait()
+                codes = self.launch(disk / "run").wait().codes
                 if set(codes) != {0}:
                     self._complain(f"disk of {small}, then more space: exit codes {codes}")
                 else:
@@ -108,11 +114,11 @@ class Soak:
                 subprocess.run(["umount", str(disk)], check=True)
 
     def _compare(self, expected: dict[str, Any], run_dir: Path, when: str) -> None:
-        different = forking.differences(expected, forking.outcome(run_dir))
+        different = runs.differences(expected, runs.outcome(run_dir))
         self.problems += [f"{when}: {name}" for name in different]
 
     def _complain(self, what: str) -> None:
-        self.problems.append(f"{what}: {self.log.read_text()[-1500:]}")
+        self.problems.append(f"{what}: {self.log()[-1500:]}")
 
     def _fresh(self, name: str) -> Path:
         run_dir = self.folder / name
@@ -128,14 +134,14 @@ def crossing(folder: Path, ways: Sequence[str], kills: Sequence[int]) -> list[st
     """
     words = ("model.config.hidden_dropout_prob=0",)
     whole = Soak(folder, ways[0], 0, words)
-    expected = whole.whole()
+    expected = whole.whole
     run_dir = folder / "crossed"
     for way, kill in zip(ways, [*kills, None], strict=True):
         soak = Soak(folder, way, 0, words)
-        codes = soak.launch(run_dir, kill=None if kill is None else (0, kill)).wait()
+        codes = soak.launch(run_dir, kill=None if kill is None else (0, kill)).wait().codes
         if (set(codes) != {0}) if kill is None else (-signal.SIGKILL not in codes):
-            return [f"{way}, to be killed at {kill}: exit codes {codes}: {soak.log.read_text()[-1500:]}"]
-    found = forking.outcome(run_dir)
+            return [f"{way}, to be killed at {kill}: exit codes {codes}: {soak.log()[-1500:]}"]
+    found = runs.outcome(run_dir)
     problems = []
     for one, two in zip(expected["rows"], found["rows"], strict=True):
         if one["split"] == two["split"] == "train" and abs(float(one["loss"]) - float(two["loss"])) > 1e-4:
@@ -149,7 +155,7 @@ def crossing(folder: Path, ways: Sequence[str], kills: Sequence[int]) -> list[st
     return problems
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["kills", "signals", "disk", "crossing"], help="one kind; all without it")
     parser.add_argument("--kills", type=int, default=40, help="for each way to run")
@@ -158,8 +164,7 @@ def main() -> int:
     parser.add_argument("--disk", type=int, default=8, help="moments a disk is full, for each way to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
-    options = parser.parse_args()
-    forking.preload()
+    options = parser.parse_args(words)
     failed = 0
 
     def tell(name: str, started: float, problems: list[str]) -> None:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 
 import pytest
 
-from tests.distributed.harness import ROOT, cpu_environment
+from tests.faults.soak import Soak, main
 
 
-def soak(*words: str, timeout: float) -> None:
-    """In a process of its own, which has started no thread when it forks."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.soak", *words],
-        cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    return Soak(tmp_path_factory.mktemp("soak"), "single", seed=0)
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been() -> None:
-    soak("--only", "kills", "--kills", "2", "--ways", "single", timeout=250)
+def test_a_killed_run_ends_as_if_it_had_not_been(soak: Soak) -> None:
+    soak.kills(3)
+    assert not soak.problems
 
 
-def test_sigterm_stops_a_run_with_a_checkpoint() -> None:
-    soak("--only", "signals", "--signals", "1", "--which", "SIGTERM", "--ways", "single", timeout=250)
+def test_sigterm_stops_a_run_with_a_checkpoint(soak: Soak) -> None:
+    soak.which = (signal.SIGTERM,)
+    soak.signals(1)
+    assert not soak.problems
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["kills", "signals", "disk", "crossing"])
 def test_at_length(kind: str) -> None:
-    soak("--only", kind, timeout=3500)
+    assert main(["--only", kind]) == 0

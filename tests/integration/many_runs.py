@@ -1,13 +1,9 @@
-"""Runs several command lines in one process (or one group of ranks): starting one takes longer than its run.
-
-python -m tests.integration.many_runs FILE      a JSON list of [command, words, dataset root]
-"""
+"""Several command lines in one process, or in one group of ranks."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,15 +12,12 @@ from nostalgia import evaluate, train
 from tests.integration.suite_data import accept_checksums
 
 
-def main() -> None:
+def main(lines: Sequence[tuple[str, list[str], str | None]]) -> None:
+    """Each of (command, words, root of the data sets)."""
     Accelerator.end_training = lambda self: None  # the group goes on to the next run
-    for command, words, root in json.loads(Path(sys.argv[1]).read_text()):
+    for command, words, root in lines:
         if root is not None:
             accept_checksums(Path(root))
         code = {"train": train.main, "evaluate": evaluate.main}[command](words)
         assert code == 0, f"{command} {words}: exit code {code}"
         print(f"finished: {time.process_time():.0f} s CPU: {command} {' '.join(words)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

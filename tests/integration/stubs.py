@@ -42,6 +42,8 @@ from nostalgia.reporting.results import RunResults, write_results
 request = parse(sys.argv[sys.argv.index("-m") + 2 :])
 folder, method, seed = request.run_dir, request.config.method.name, request.config.experiment.seed
 folder.mkdir(parents=True, exist_ok=True)
+if os.environ.get("SLURM_NODEID", "0") != "0":
+    sys.exit(0)
 save(request.config, folder / "config.yaml")
 with open(os.environ["STUB_LOG"], "a") as log:
     log.write(f"{{method}} {{seed}}\n")

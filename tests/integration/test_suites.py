@@ -6,8 +6,6 @@ A few of the combinations run every time; ``pytest -m long`` runs them all.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +15,16 @@ import torch
 from nostalgia.config import parse
 from nostalgia.models import build_backbone, load_heads
 from nostalgia.models.export import _save_backbone
-from tests.distributed.harness import ROOT, cpu_environment, launch_command
+from tests.integration import many_runs
 from tests.integration.suite_data import LAYOUTS
+from tests.ranks import run
 from tests.unit.models.tiny import CONFIGS
 
 SUITES = ("main", "robustness", "finegrained", "ablation")
 NETWORKS = ("vit", "deit_base_distilled", "resnet18")
 # A run of seconds, debug or not: what is asked of the eigensolver is little, the network sees 32 pixels.
 SMALL = (
-    "--quiet", "dataset.batch_size=64", "dataset.num_workers=0", "dataset.download=false", "nostalgia.top_k=2",
+    "--quiet", "dataset.batch_size=16", "dataset.num_workers=0", "dataset.download=false", "nostalgia.top_k=2",
     "nostalgia.max_basis=6", "nostalgia.curvature=ggn", "nostalgia.tol=0.3", "nostalgia.num_samples=16",
     "logger.tensorboard=false",
 )  # fmt: skip
@@ -76,7 +75,7 @@ class Plan:
 
     def __init__(self, folder: Path, weights: dict[str, Path], data: Root) -> None:
         self.folder, self.weights, self.data = folder, weights, data
-        self.lines: list[list[object]] = []
+        self.lines: list[tuple[str, list[str], str | None]] = []
         self.runs: list[Path] = []
 
     def train(self, suite: str, layout: str, network: str, *words: str) -> None:
@@ -84,26 +83,17 @@ class Plan:
         size = ["dataset.image_size=32"] if network == "resnet18" else []
         model = [f"model={network}", f"model.model_id={self.weights[network]}", *size]
         line = ["--suite", suite, *model, f"dataset.root={root}", f"experiment.output_dir={out}", *SMALL, *words]
-        self.lines.append(["train", line, str(root)])
+        self.lines.append(("train", line, str(root)))
         self.runs.append(out / "latest")
 
     def evaluate(self, *words: str) -> None:
         """Measure the last run again."""
-        self.lines.append(["evaluate", [str(self.runs[-1]), *words], None])
+        self.lines.append(("evaluate", [str(self.runs[-1]), *words], None))
 
     def run(self, processes: int, timeout: float) -> None:
-        file = self.folder / "plan.json"
-        file.write_text(json.dumps(self.lines))
-        command = [sys.executable] if processes == 1 else launch_command(processes)
-        done = subprocess.run(
-            [*command, "-m", "tests.integration.many_runs", str(file)],
-            cwd=ROOT,
-            env=cpu_environment(HF_HOME=str(self.folder / "hf"), TORCH_HOME=str(self.folder / "torch")),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        environment = {"TORCH_HOME": str(self.folder / "torch")}
+        done = run(many_runs.main, self.lines, world_size=processes, environment=environment, timeout=timeout)
+        assert not any(done.codes), done.stdout[-4000:] + done.stderr[-4000:]
         assert done.stdout.count("finished: ") == len(self.lines) * processes
         print("\n".join(line[:120] for line in done.stdout.splitlines() if line.startswith("finished")))
         for folder in self.runs:
@@ -155,9 +145,9 @@ def test_a_head_that_goes_on(tmp_path: Path) -> None:
     entries = "[{dataset: digits, classes: [1, 2, 3]}, {dataset: digits, head: task1_digits}]"
     words = ["--debug", "--suite", "demo", f"experiment.tasks={entries}", *SMALL]
     for name, more in (("turn", []), ("joint", ["method=joint"])):
-        plan.lines.append(["train", [*words, *more, f"experiment.output_dir={tmp_path / name}"], None])
-        plan.lines.append(["evaluate", [str(tmp_path / name / "latest")], None])
-    plan.lines.insert(1, ["train", ["--resume", str(tmp_path / "turn" / "latest")], None])
+        plan.lines.append(("train", [*words, *more, f"experiment.output_dir={tmp_path / name}"], None))
+        plan.lines.append(("evaluate", [str(tmp_path / name / "latest")], None))
+    plan.lines.insert(1, ("train", ["--resume", str(tmp_path / "turn" / "latest")], None))
     plan.run(1, timeout=580)
     for name in ("turn", "joint"):
         run = tmp_path / name / "latest"

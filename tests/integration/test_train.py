@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.harness import ROOT, cpu_environment, launch_command
+from nostalgia.experiment import resume
+from tests import ranks
+from tests.ranks import Finished, run, run_train
 
 SMALL = (
     "--suite", "demo", "--quiet", "train.epochs=2", "train.head_warmup_epochs=1", "nostalgia.top_k=4",
@@ -19,17 +20,8 @@ SMALL = (
 SECRETS = {"WANDB_API_KEY": "secret123", "HF_TOKEN": "secret456"}  # in the environment of every run here
 
 
-def train(folder: Path, *words: str, processes: int = 1, codes: bool = False) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable] if processes == 1 else launch_command(processes)
-    environment = cpu_environment(**SECRETS, **({"NOSTALGIA_EXIT_FILE": str(folder / "code")} if codes else {}))
-    return subprocess.run(
-        [*command, "-m", "nostalgia.train", f"experiment.output_dir={folder / 'runs'}", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def train(folder: Path, *words: str, processes: int = 1) -> Finished:
+    return run_train([f"experiment.output_dir={folder / 'runs'}", *words], processes, environment=SECRETS)
 
 
 def results(folder: Path) -> dict:
@@ -43,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for processes, batch in ((1, 32), (2, 16)):
         folder = tmp_path_factory.mktemp(f"ranks{processes}")
         done = train(folder, *SMALL, f"dataset.batch_size={batch}", processes=processes)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert not any(done.codes), done.stdout + done.stderr
         folders[processes] = folder
     return folders
 
@@ -111,7 +103,7 @@ def test_leak_is_rounding(runs: dict[int, Path]) -> None:
 
 def test_joint_fills_the_last_row(tmp_path: Path) -> None:
     done = train(tmp_path, *SMALL, "method=joint", "train.epochs=1")
-    assert done.returncode == 0, done.stderr
+    assert not any(done.codes), done.stderr
     matrix = results(tmp_path)["accuracy_matrix"]
     assert matrix[0] == matrix[1] == [None] * 3
     assert all(a is not None for a in matrix[2])
@@ -119,43 +111,27 @@ def test_joint_fills_the_last_row(tmp_path: Path) -> None:
 
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     done = train(tmp_path, "--suite", "demo", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    assert not any(done.codes), done.stderr
     assert "task3_digits" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (("dataset=digts", "model=vit_tiny"), 2, "did you mean digits"),
-        (("--suite", "demo", "nostalgia.top_k=99999999"), 2, "number of projected parameters"),
-        (("dataset=caltech256", "model=vit_tiny"), 3, "caltech256 was not found"),
-    ],
-)
-def test_refusals_pass_the_launcher(tmp_path: Path, words: tuple[str, ...], code: int, message: str) -> None:
-    """More of them, also on one process, in `test_bad_input`."""
-    done = train(tmp_path, *words, processes=2, codes=True)
-    assert (tmp_path / "code").read_text() == str(code)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr
-
-
 def test_a_folder_that_goes_away_ends_in_one_line(tmp_path: Path) -> None:
     """A file where a result's folder has to be made stands for any disk that stops taking writes."""
-    program = (
-        "import sys; from pathlib import Path\n"
-        "import nostalgia.experiment.resume as e; from nostalgia.train import main\n"
-        "original = e.make_run_folder\n"
-        "def blocked(*given):\n"
-        "    folder = original(*given); (folder / 'curvature').write_text('in the way'); return folder\n"
-        "e.make_run_folder = blocked; sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *SMALL, "--debug", f"experiment.output_dir={tmp_path / 'runs'}"],
-        cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 4
+    done = run(blocked, [*SMALL, "--debug", f"experiment.output_dir={tmp_path / 'runs'}"])
+    assert done.codes == [4]
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def blocked(words: list[str]) -> int:
+    """The program, with a file in the way of the curvature's folder."""
+    original = resume.make_run_folder
+
+    def make_run_folder(*given: Any) -> Path:
+        folder = original(*given)
+        (folder / "curvature").write_text("in the way")
+        return folder
+
+    resume.make_run_folder = make_run_folder
+    return ranks.train(words)

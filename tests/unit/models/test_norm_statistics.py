@@ -7,7 +7,8 @@ import torch
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models import norm_statistics
-from tests.distributed.harness import run_ranks
+from tests.ranks import run_ranks
+from tests.unit.models import cases
 from tests.unit.models.tiny import images, resnet18, scratch
 
 
@@ -101,4 +102,4 @@ def test_synchronised_layers_keep_parameters_and_features():
 
 
 def test_the_average_over_ranks_is_that_of_the_batches_together():
-    assert run_ranks("tests.unit.models.cases:check_average_over_ranks", world_size=2) == [True, True]
+    assert run_ranks(cases.check_average_over_ranks, world_size=2) == [True, True]
