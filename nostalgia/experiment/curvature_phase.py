@@ -204,7 +204,7 @@ class CurvaturePhase:
         return self.folder / "checkpoints" / BLOCKS / f"{name}.safetensors"
 
     def _warn(self, line: str) -> None:
-        self.progress.console.print(f"warning: {line}", highlight=False)
+        self.progress.console.print(f"warning: {line}", highlight=False, markup=False)
 
 
 class SavedBases(Mapping[str, torch.Tensor]):

@@ -303,7 +303,7 @@ class Experiment:
         return self.state.round_elapsed + time.perf_counter() - self._round_started
 
     def _warn(self, line: str) -> None:
-        self.console.print(f"warning: {line}", highlight=False)
+        self.console.print(f"warning: {line}", highlight=False, markup=False)
 
     def _make_log(self, position: dict[str, int] | None) -> RunLog:
         logger = self.config.logger
