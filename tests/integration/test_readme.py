@@ -67,6 +67,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2": (
         STUBS, "train.accelerator=cpu experiment.name=stub --seeds 0",
     ),
+    "python -m nostalgia.sweep --suite demo --methods nostalgia,finetune --seeds 0,1,2,3,4,5": (
+        STUBS, "train.accelerator=cpu experiment.name=stub --seeds 0",
+    ),
     "python -m nostalgia.train --resume runs/demo/latest": (HERE, ""),
     "python -m nostalgia.train --suite demo --resume latest": (LATER, RUN),
     "RUN_DIR=runs/demo/mine launch/ddp.sh --suite demo": (
