@@ -32,6 +32,7 @@ class CurvatureOptions:
     max_products: int | None = None
     max_basis: int | None = None
     seed: int = 0
+    label_smoothing: float = 0.0  # of the loss whose Gauss-Newton matrix is taken; a Hessian's loss_fn has its own
 
 
 def task_operator(
@@ -54,6 +55,7 @@ def task_operator(
     if options.kind == "hessian":
         return HessianOperator(model, loss_fn, batches, parameters, accelerator, **common)
     if options.kind == "ggn":
+        common["label_smoothing"] = options.label_smoothing
         return GGNOperator(model, _logits, batches, parameters, accelerator, loss="cross_entropy", **common)
     raise UsageError(f"nostalgia.curvature={options.kind!r}: allowed are hessian, ggn")
 

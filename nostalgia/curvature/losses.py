@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,20 @@ class OutputLoss(Protocol):
 
 
 class CrossEntropy:
-    """Softmax cross-entropy; curvature diag(p) - p p^T a sample.
+    """Softmax cross-entropy; curvature diag(p) - p p^T a sample, whatever the ``label_smoothing``.
 
     Targets are classes (...), `IGNORED` ones left out, or probabilities (..., C).
     """
 
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
     def total(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).flatten(0, -2)
+        options: dict[str, Any] = {"reduction": "sum", "label_smoothing": self.label_smoothing}
         if targets.is_floating_point():
-            return F.cross_entropy(outputs, targets.flatten(0, -2), reduction="sum"), len(outputs)
-        loss = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            return F.cross_entropy(outputs, targets.flatten(0, -2), **options), len(outputs)
+        loss = F.cross_entropy(outputs, targets.flatten(), ignore_index=IGNORED, **options)
         return loss, int((targets != IGNORED).sum())
 
     def curvature(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
@@ -53,11 +57,15 @@ class SquaredError:
         return 2 * u
 
 
-LOSSES: dict[str, OutputLoss] = {"cross_entropy": CrossEntropy(), "mse": SquaredError()}
+LOSSES = ("cross_entropy", "mse")
 
 
-def output_loss(name: str) -> OutputLoss:
+def output_loss(name: str, label_smoothing: float = 0.0) -> OutputLoss:
     """The loss called ``name``; raises UsageError with the list otherwise."""
     if name not in LOSSES:
         raise UsageError(f"loss={name!r}: allowed are {', '.join(LOSSES)}")
-    return LOSSES[name]
+    if name == "cross_entropy":
+        return CrossEntropy(label_smoothing)
+    if label_smoothing:
+        raise UsageError(f"label_smoothing={label_smoothing} goes with loss='cross_entropy'; it is {name!r}")
+    return SquaredError()

@@ -137,8 +137,9 @@ class GGNOperator(BatchedOperator):
 
     ``forward_fn(model, batch) -> (logits, targets)``, logits (B, C). ``loss``: ``cross_entropy`` (targets as for
     `torch.nn.functional.cross_entropy`; rows of target -100 do not count) or ``mse`` (squared error summed over
-    outputs). ``method``: ``exact`` takes both factors from one graph, kept as `HessianOperator` keeps its own;
-    ``jvp`` is forward then reverse mode, with ``compile`` by torch.compile. The rest as for `HessianOperator`.
+    outputs). ``label_smoothing`` is training's: it changes the loss and its gradient, not G. ``method``: ``exact``
+    takes both factors from one graph, kept as `HessianOperator` keeps its own; ``jvp`` is forward then reverse mode,
+    with ``compile`` by torch.compile. The rest as for `HessianOperator`.
     """
 
     def __init__(
@@ -149,9 +150,10 @@ class GGNOperator(BatchedOperator):
         parameters: Parameters = None,
         accelerator: Accelerator | None = None,
         loss: str = "cross_entropy",
+        label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
-        self.output_loss = output_loss(loss)
+        self.output_loss = output_loss(loss, label_smoothing)
         super().__init__(model, forward_fn, batches, parameters, accelerator, **options)
 
     def _loss(self, theta: Values, batch: Any) -> tuple[Tensor, int]:

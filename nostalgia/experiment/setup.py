@@ -245,6 +245,7 @@ def curvature_options(config: Config) -> CurvatureOptions:
         max_products=options.max_products,
         max_basis=options.max_basis,
         seed=config.experiment.seed,
+        label_smoothing=config.train.label_smoothing,
     )
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hessian_eigenthings.algorithms.trace import trace
 from torch import nn
 
+from nostalgia.config import parse
 from nostalgia.curvature import GGNOperator, HessianOperator
+from nostalgia.curvature.eigenspace import task_operator
+from nostalgia.data.stream import Batch
 from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.experiment.setup import curvature_options
 from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.training.task_model import TaskModel, loss_sum
 from tests.unit.curvature.networks import (
     NETWORKS,
     Oracle,
@@ -184,6 +191,47 @@ def test_targets_that_do_not_count_and_soft_ones():
     assert ignoring.loss() == pytest.approx(first_four.loss(), rel=1e-12)
     soft = GGNOperator(model, forward_fn, [(inputs, torch.nn.functional.one_hot(labels, 3).double())])
     assert relative(soft.matvec(v), GGNOperator(model, forward_fn, data).matvec(v)) < TOLERANCE
+
+
+def test_label_smoothing_is_in_the_loss_and_its_gradient_and_not_in_gauss_newton():
+    model, data = mlp(), batches("mlp")
+
+    def smoothed(network, batch):
+        logits, labels = forward_fn(network, batch)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.3), len(labels)
+
+    operator, expected = (
+        GGNOperator(model, forward_fn, data, label_smoothing=0.3),
+        HessianOperator(model, smoothed, data),
+    )
+    plain = GGNOperator(model, forward_fn, data)
+    assert operator.loss() == pytest.approx(expected.loss(), rel=1e-12)
+    assert relative(operator.gradient(), expected.gradient()) < TOLERANCE
+    assert relative(operator.gradient(), plain.gradient()) > 0.05
+    v = next(iter(vectors(operator.size)))
+    assert torch.equal(operator.matvec(v), plain.matvec(v))
+    with pytest.raises(UsageError, match=r"label_smoothing=0.3 goes with loss='cross_entropy'"):
+        GGNOperator(model, forward_fn, data, loss="mse", label_smoothing=0.3)
+
+
+def test_both_kinds_of_curvature_of_a_task_are_of_the_loss_that_is_trained():
+    config = parse(["--suite", "demo", "train.label_smoothing=0.3"]).config
+    model, (inputs, labels) = TaskModel(nn.Linear(4, 5).double(), [nn.Linear(5, 3).double()]), batches("mlp")[0]
+    valid, zeros = torch.ones(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.long)
+    data = [Batch(inputs, labels, valid, zeros, zeros)]
+    parameters = dict(model.backbone.named_parameters())
+    gradients = [
+        task_operator(
+            model,
+            lambda m, b: (loss_sum(m(b.images), b, 0.3), len(b)),
+            data,
+            parameters,
+            Accelerator(cpu=True),
+            dataclasses.replace(curvature_options(config), kind=kind),
+        ).gradient()
+        for kind in ("hessian", "ggn")
+    ]
+    assert relative(gradients[1], gradients[0]) < TOLERANCE
 
 
 def test_a_random_loss_is_one_fixed_function():
