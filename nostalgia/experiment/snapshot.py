@@ -60,9 +60,10 @@ class Snapshot:
             backbone = cast(TaskModel, inner_module(training.wrapped)).backbone
         values = tensors.to_main(self._trained(backbone))
         phase = None if training is None else training.capture()
-        ranks = tensors.gather_objects(
-            {**capture_random_state(parts.view.device), "norm": norm_statistics.capture(backbone)}
-        )
+        # Between phases they are those the last task ended with, whichever an evaluation under way has put in.
+        between = training is None and len(parts.norm_statistics) > 0
+        own = parts.norm_statistics[-1] if between else norm_statistics.capture(backbone)
+        ranks = tensors.gather_objects({**capture_random_state(parts.view.device), "norm": own})
         solve, references = self._take_solve(values)
         label = f"task{state.round}_{state.stage}" if kind != "end_of_task" else f"task{state.round - 1}_{kind}"
         if not tensors.is_main():
