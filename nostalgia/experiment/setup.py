@@ -63,7 +63,7 @@ def task_loader(
     """Batches of one task, or of several together, for this rank."""
     dataset = config.dataset
     images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.image_size)
-    augment = tasks[0].augment if dataset.augment == "default" else dataset.augment
+    augment = [t.augment if dataset.augment == "default" else dataset.augment for t in tasks]
     return TaskLoader(
         images,
         view,
