@@ -3,7 +3,8 @@
 An epoch is a permutation by (seed, stream, epoch), cut into global steps, these into micro-batches, these
 into contiguous shares of the ranks. So one process with batch 64 and two with 32 see the same samples in
 every step. The last, short micro-batch is spread over the ranks; a rank without a sample gets one row of
-weight zero, because every rank must take part in every forward pass.
+weight zero, because every rank must take part in every forward pass. In training one with a single row gets a
+second in the same way (unless batches are of one): batch norm cannot normalise a row by itself.
 
 Worker processes draw no random numbers: what decides an augmented view is sent with the index, so no batch
 depends on how many they are.
@@ -76,6 +77,7 @@ class TaskLoader:
         self.images, self.view, self.name, self.train, self.seed = images, view, name, train, seed
         self.rank, self.world_size = rank, world_size
         self.micro_batch = per_device_batch_size * world_size
+        self._least = min(2, per_device_batch_size) if train else 1  # rows of a batch
         self.accumulation_steps = accumulation_steps
         policies = [augment] * len(images.datasets) if isinstance(augment, str) else list(augment)
         if not train:
@@ -97,11 +99,11 @@ class TaskLoader:
         size = self.micro_batch * self.accumulation_steps
         order = self._order(epoch)
         steps = [order[start : start + size] for start in range(start_step * size, len(order), size)]
-        shares = [[self._share(micro) for micro in step.split(self.micro_batch)] for step in steps]
+        shares = [[self._share(micro, order) for micro in step.split(self.micro_batch)] for step in steps]
         self._plan.batches, self._plan.epoch = [indices for step in shares for indices, _ in step], epoch
         fetched = None if self._loader is None else iter(self._loader)
         for number, (step, parts) in enumerate(zip(steps, shares, strict=True), start_step + 1):
-            batches = [self._batch(indices, valid, epoch, fetched) for indices, valid in parts]
+            batches = [self._batch(indices, count, epoch, fetched) for indices, count in parts]
             yield Step(batches, len(step), epoch, number)
 
     def _order(self, epoch: int) -> Tensor:
@@ -110,14 +112,18 @@ class TaskLoader:
         generator = torch.Generator().manual_seed(stable_seed(self.seed, self.name, epoch))
         return torch.randperm(len(self.images), generator=generator)
 
-    def _share(self, micro: Tensor) -> tuple[Tensor, bool]:
-        """This rank's samples of a micro-batch; a stand-in of weight zero where there are none."""
+    def _share(self, micro: Tensor, order: Tensor) -> tuple[Tensor, int]:
+        """This rank's samples of a micro-batch and their number; behind them stand-ins of weight zero, where needed."""
         mine = micro.tensor_split(self.world_size)[self.rank]
-        return (mine, True) if len(mine) else (micro[:1], False)
+        missing = self._least - len(mine)
+        if missing <= 0:
+            return mine, len(mine)
+        others = order[~torch.isin(order, mine)] if len(order) > 1 else order
+        return torch.cat([mine, others[:missing]]), len(mine)
 
-    def _batch(self, indices: Tensor, valid: bool, epoch: int, fetched: Iterator[Any] | None) -> Batch:
+    def _batch(self, indices: Tensor, count: int, epoch: int, fetched: Iterator[Any] | None) -> Batch:
         raw = self.images.gather(indices, self.view.device) if fetched is None else _next(fetched)
-        batch = _as_batch(self.images, self.view, indices, self.view.scale(raw), valid)
+        batch = _as_batch(self.images, self.view, indices, self.view.scale(raw), count)
         if fetched is None:
             batch.images = self.augmentation.batch(batch.images, batch.indices, batch.tasks, epoch)
         batch.images = self.view.normalise_(self.images.shifted(batch.images, batch.tasks))
@@ -178,7 +184,7 @@ def curvature_batches(
     batches = []
     for indices in mine.split(batch_size) if len(mine) else ():
         pixels = view.scale(images.read(indices, view.device, num_workers))
-        batch = _as_batch(images, view, indices, pixels, True)
+        batch = _as_batch(images, view, indices, pixels, len(indices))
         batch.images = view.normalise_(images.shifted(batch.images, batch.tasks))
         batches.append(batch)
     return batches
@@ -205,11 +211,12 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, valid: bool) -> Batch:
+def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, count: int) -> Batch:
+    """The first ``count`` rows are valid."""
     return Batch(
         images=pixels,
         labels=images.labels[indices].to(view.device),
-        valid=torch.full((len(indices),), valid, device=view.device),
+        valid=torch.arange(len(indices), device=view.device) < count,
         indices=indices.to(view.device),
         tasks=images.tasks[indices].to(view.device),
     )

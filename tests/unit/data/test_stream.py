@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nostalgia.data.images import ArrayImages
+from nostalgia.data.images import ArrayImages, Subset
 from nostalgia.data.sources import load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View, curvature_batches, stratified_choice
 from nostalgia.errors import NotFoundError, RunFailedError, UsageError
@@ -41,6 +41,20 @@ def test_every_sample_counts_once(digits: Prepared, world: int, train: bool) -> 
             seen += [batch.indices[batch.valid] for batch in step.micro_batches]
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(digits)))
     assert counted == len(digits)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_no_batch_of_training_is_of_one_row(digits: Prepared, world: int) -> None:
+    """Whatever is left for the last micro-batch; what fills it up is another sample, and counts nowhere."""
+    for left in (1, 2, 4):
+        images = Prepared([Subset(load_source("digits").val, torch.arange(12 + left))], [()], 8)
+        for rank in range(world):
+            *_, last = loader(images, 12 // world, rank, world).epoch(1)
+            (batch,) = last.micro_batches
+            assert len(batch) >= 2
+            assert len(batch.indices.unique()) == len(batch)
+    (alone,) = next(loader(digits, 1).epoch(1)).micro_batches
+    assert len(alone) == 1
 
 
 def test_two_ranks_see_what_one_sees(digits: Prepared) -> None:
