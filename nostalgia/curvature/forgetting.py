@@ -6,7 +6,8 @@ q_i and lambda_i the k eigenpairs that were found, d_out the part of d outside t
     increase ~ g.d + 1/2 sum_i lambda_i (q_i.d)^2 + 1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2
 
 The last term takes the rest of the spectrum as equal in all directions; whatever that spectrum is, the rest cannot add
-more than 1/2 lambda_k |d_out|^2, the *bound*. A step that the method has projected has q_i.d = 0: only g.d and the rest
+more than 1/2 lambda_k |d_out|^2, the *bound* (with a pair that did not converge, and so is part of the rest, its upper
+limit where that is larger). A step that the method has projected has q_i.d = 0: only g.d and the rest
 are left. All of it is second order around a: far from it the numbers say how far the theory carries, not more.
 """
 
@@ -32,7 +33,8 @@ DEFINITIONS = {
     "linear": "g.d, with d the displacement of the projected parameters since the end of the task",
     "inside": "1/2 sum_i lambda_i (q_i.d)^2 over the task's converged eigenpairs",
     "outside": "1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2, with d_out the part of d outside their span",
-    "bound": "1/2 lambda_k |d_out|^2: the most the outside can add while second order holds",
+    "bound": "1/2 lambda_k |d_out|^2: the most the outside can add while second order holds; a pair that did not "
+    "converge is outside, and stands in for lambda_k where it is larger",
 }
 
 
@@ -47,6 +49,7 @@ class Expansion:
     rest: float  # trace of the curvature outside their span
     rest_error: float | None  # its standard error; None for one probe
     gradient_norm: float
+    unconverged: float = 0.0  # upper limit of the eigenvalues that did not converge, which lie outside; 0.0 for none
 
     @property
     def trace(self) -> float:
@@ -54,8 +57,8 @@ class Expansion:
 
     @property
     def smallest(self) -> float:
-        """Largest curvature the directions outside can have: lambda_k, not below zero."""
-        return max(min(self.eigenvalues, default=0.0), 0.0)
+        """Largest curvature the directions outside can have: lambda_k or one left out, not below zero."""
+        return max(min(self.eigenvalues, default=0.0), self.unconverged, 0.0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ class ForgettingPrediction:
 
         ``loss`` is the mean loss there (default the operator's own): give what `measure` will compare it with.
         """
-        kept = pairs.converged.cpu().nonzero().flatten()
+        converged = pairs.converged.cpu()
+        kept = converged.nonzero().flatten()
+        limits = (pairs.eigenvalues + pairs.residuals).cpu()[~converged]
         gradient = operator.gradient()
         rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
         if not math.isfinite(rest):
@@ -110,6 +115,7 @@ class ForgettingPrediction:
             rest=rest,
             rest_error=error,
             gradient_norm=float(self.space.norm(gradient)),
+            unconverged=max(limits.tolist(), default=0.0),
         )
         self._vectors[task] = (self.space.take(p.detach() for p in operator.parameters.values()), gradient)
         self.expansions[task] = expansion

@@ -134,6 +134,7 @@ def test_pairs_that_did_not_converge_are_left_to_the_rest() -> None:
     d = 2 * pairs.eigenvectors[1]
     row = prediction.predict("one", "two", operator.space.take(model.parameters()) + d, operator.loss())
     assert row.displacement_outside == pytest.approx(2.0)
+    assert row.bound == pytest.approx(0.5 * 5.0 * 4.0)  # what the pair left out does add, not 3 of the last one kept
 
 
 def test_trace_is_unbiased_and_says_how_good_it_is() -> None:
