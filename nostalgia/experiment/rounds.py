@@ -338,8 +338,8 @@ class Experiment:
                 )
             if update.dropped:
                 self.console.print(
-                    f"note: the memory is full ({self.parts.memory.k_max} directions): {update.dropped} dropped, the "
-                    f"largest with eigenvalue {update.dropped_eigenvalue:.3g}",
+                    f"note: the memory is full ({self.parts.memory.capacity} directions): {update.dropped} dropped, "
+                    f"the largest with eigenvalue {update.dropped_eigenvalue:.3g}",
                     highlight=False,
                 )
         count = len(self.parts.tasks)
