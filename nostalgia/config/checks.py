@@ -182,6 +182,10 @@ def _check_conflicts(config: Config) -> None:
         raise UsageError(
             f"nostalgia.max_basis={nostalgia.max_basis}: allowed is nostalgia.top_k + 2 = {nostalgia.top_k + 2} or more"
         )
+    if nostalgia.max_products is not None and nostalgia.max_products < nostalgia.top_k:
+        raise UsageError(
+            f"nostalgia.max_products={nostalgia.max_products}: allowed is nostalgia.top_k = {nostalgia.top_k} or more"
+        )
     if nostalgia.curvature == "ggn" and nostalgia.hvp == "finite_difference":
         raise UsageError("nostalgia.hvp=finite_difference is for nostalgia.curvature=hessian; ggn allows exact and jvp")
     if nostalgia.compile and nostalgia.hvp != "jvp":
