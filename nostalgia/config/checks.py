@@ -186,6 +186,11 @@ def _check_conflicts(config: Config) -> None:
         raise UsageError(
             f"nostalgia.max_products={nostalgia.max_products}: allowed is nostalgia.top_k = {nostalgia.top_k} or more"
         )
+    if nostalgia.merge == "average" and nostalgia.k_max is not None:
+        raise UsageError(
+            f"nostalgia.k_max={nostalgia.k_max} bounds nostalgia.merge=union; average holds top_k = {nostalgia.top_k} "
+            "directions: leave k_max null, or choose union"
+        )
     if nostalgia.curvature == "ggn" and nostalgia.hvp == "finite_difference":
         raise UsageError("nostalgia.hvp=finite_difference is for nostalgia.curvature=hessian; ggn allows exact and jvp")
     if nostalgia.compile and nostalgia.hvp != "jvp":

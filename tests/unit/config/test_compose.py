@@ -55,6 +55,7 @@ def test_defaults_are_the_documented_ones() -> None:
         (["nostalgia.top_k=0"], "1 or more"),
         (["nostalgia.top_k=8", "nostalgia.k_max=4"], "below"),
         (["nostalgia.top_k=8", "nostalgia.max_products=7"], "top_k = 8 or more"),
+        (["nostalgia.merge=average", "nostalgia.k_max=64"], "bounds nostalgia.merge=union"),
         (["nostalgia.project=sideways"], "constrained, displacement, gradient"),
         (["model=vti"], "did you mean vit"),
         (["--suite", "dmo"], "did you mean demo"),
