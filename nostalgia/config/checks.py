@@ -162,6 +162,12 @@ def _check_tasks(config: Config) -> None:
                 "use dataset=NAME experiment.num_tasks=N, or leave it out"
             )
     count = len(tasks) if tasks is not None else experiment.num_tasks or 2
+    start, projects = config.nostalgia.projection_start_task, config.nostalgia.enabled
+    if config.method.name == "nostalgia" and projects and start > max(count, 2):
+        raise UsageError(
+            f"nostalgia.projection_start_task={start}, but there are {count} tasks: nothing would be projected; "
+            f"allowed is 1 to {max(count, 2)}, or use method=finetune"
+        )
     if train.epochs_per_task is not None:
         if len(train.epochs_per_task) != count:
             raise UsageError(

@@ -56,6 +56,7 @@ def test_defaults_are_the_documented_ones() -> None:
         (["nostalgia.top_k=8", "nostalgia.k_max=4"], "below"),
         (["nostalgia.top_k=8", "nostalgia.max_products=7"], "top_k = 8 or more"),
         (["nostalgia.merge=average", "nostalgia.k_max=64"], "bounds nostalgia.merge=union"),
+        (["nostalgia.projection_start_task=3"], "there are 2 tasks: nothing would be projected"),
         (["nostalgia.project=sideways"], "constrained, displacement, gradient"),
         (["model=vti"], "did you mean vit"),
         (["--suite", "dmo"], "did you mean demo"),
@@ -156,6 +157,19 @@ def test_keys_of_the_users_own_need_no_plus() -> None:
     config = parse(["dataset=mine", "dataset.entries.mine.path=/x", "model.config.image_mean=[0.5,0.5,0.5]"]).config
     assert config.dataset.entries == {"mine": {"path": "/x"}}
     assert config.model.config["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment.num_tasks=3", "nostalgia.projection_start_task=3"],
+        ["experiment.num_tasks=1"],
+        ["method=finetune", "nostalgia.projection_start_task=3"],
+        ["nostalgia.enabled=false", "nostalgia.projection_start_task=3"],
+    ],
+)
+def test_a_start_of_projection_that_comes_or_is_not_wanted_is_allowed(words: list[str]) -> None:
+    parse(words)
 
 
 @pytest.mark.parametrize("key", ["retain_graph", "predict_forgetting"])
