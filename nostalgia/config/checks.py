@@ -121,6 +121,12 @@ def check_launch(config: Config, *, device_type: str, world_size: int) -> str:
             f"train.devices={devices}, but the launcher started {world_size}: the launcher decides; "
             f"start it as `{command} ...` or leave train.devices=auto"
         )
+    greatest = int(RANGES["experiment.seed"][1]) + 1 - world_size  # each rank's own is the seed plus its number
+    if config.experiment.seed > greatest:
+        raise UsageError(
+            f"experiment.seed={config.experiment.seed}: allowed with {world_size} processes is 0 or more, up to "
+            f"{greatest}"
+        )
     precision = config.train.precision
     if precision == "16" and device_type == "cpu":
         raise UsageError("train.precision=16 needs a GPU (on CPU it would silently be 32); use bf16 or 32")

@@ -105,6 +105,10 @@ def test_what_the_launcher_decides() -> None:
     config.train.precision, config.train.devices = "auto", 4
     with pytest.raises(UsageError, match="nproc_per_node 4"):
         check_launch(config, device_type="cpu", world_size=2)
+    config = parse([f"experiment.seed={2**32 - 1}"]).config
+    check_launch(config, device_type="cpu", world_size=1)
+    with pytest.raises(UsageError, match=r"experiment.seed=4294967295: allowed with 2 processes .* up to 4294967294"):
+        check_launch(config, device_type="cpu", world_size=2)
 
 
 def test_every_data_set_of_the_catalog_has_a_file() -> None:
