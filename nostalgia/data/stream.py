@@ -31,16 +31,30 @@ __all__ = ["Batch", "Prepared", "Step", "TaskLoader", "View", "curvature_batches
 
 @dataclass
 class Batch:
-    """One rank's part of a micro-batch, on the device; rows that are not ``valid`` have weight zero."""
+    """One rank's part of a micro-batch, on the device; rows that pad it have weight zero."""
 
     images: Tensor  # (B, 3, H, W) float, normalised
     labels: Tensor  # (B,) int64, within the sample's own task
-    valid: Tensor  # (B,) bool
+    weights: Tensor  # (B,) float: how often a sample counts in the loss
     indices: Tensor  # (B,) int64, in the concatenation of the loader's data sets
-    tasks: Tensor  # (B,) int64, which of the loader's data sets
+    tasks: Tensor  # (B,) int64, which of the model's heads is the sample's
+    epoch: int = 0  # counts from 1 in training
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def valid(self) -> Tensor:
+        """(B,) bool: rows that are samples, not padding."""
+        return self.weights > 0
+
+    def followed_by(self, other: Batch) -> Batch:
+        """The rows of this batch, then those of ``other``."""
+        joined = {
+            name: torch.cat([getattr(self, name), getattr(other, name)])
+            for name in ("images", "labels", "weights", "indices", "tasks")
+        }
+        return Batch(**joined, epoch=self.epoch)
 
 
 @dataclass
@@ -70,14 +84,17 @@ class TaskLoader:
         world_size: int = 1,
         num_workers: int = 0,
         augment: str | Sequence[str] = "none",
+        heads: Sequence[int] | None = None,
     ) -> None:
-        """``augment``: one policy, or one for each data set of ``images``."""
+        """``augment``: one policy, or one for each data set of ``images``; ``heads``: the place of each data set's head
+        among those of the model, by default its own number."""
         if len(images) == 0:
             raise UsageError(f"{name}: no samples to {'train on' if train else 'evaluate'}")
         self.images, self.view, self.name, self.train, self.seed = images, view, name, train, seed
         self.rank, self.world_size = rank, world_size
         self.micro_batch = per_device_batch_size * world_size
         self._least = min(2, per_device_batch_size) if train else 1  # rows of a batch
+        self._heads = None if heads is None else torch.tensor(list(heads))
         self.accumulation_steps = accumulation_steps
         policies = [augment] * len(images.datasets) if isinstance(augment, str) else list(augment)
         if not train:
@@ -124,9 +141,12 @@ class TaskLoader:
     def _batch(self, indices: Tensor, count: int, epoch: int, fetched: Iterator[Any] | None) -> Batch:
         raw = self.images.gather(indices, self.view.device) if fetched is None else _next(fetched)
         batch = _as_batch(self.images, self.view, indices, self.view.scale(raw), count)
+        batch.epoch = epoch
         if fetched is None:
             batch.images = self.augmentation.batch(batch.images, batch.indices, batch.tasks, epoch)
         batch.images = self.view.normalise_(self.images.shifted(batch.images, batch.tasks))
+        if self._heads is not None:
+            batch.tasks = self._heads.to(batch.tasks.device)[batch.tasks]
         return batch
 
     def _workers(self, num_workers: int) -> DataLoader[Any]:
@@ -216,7 +236,7 @@ def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, cou
     return Batch(
         images=pixels,
         labels=images.labels[indices].to(view.device),
-        valid=torch.arange(len(indices), device=view.device) < count,
+        weights=(torch.arange(len(indices), device=view.device) < count).to(view.dtype),
         indices=indices.to(view.device),
         tasks=images.tasks[indices].to(view.device),
     )

@@ -1,8 +1,10 @@
-"""Continual-learning methods: one file each, one small protocol (`base.Method`)."""
+"""Continual-learning methods: one class a file, one protocol (`base.Method`)."""
 
-from nostalgia.methods.base import Method, StepRule
-from nostalgia.methods.finetune import Finetune
-from nostalgia.methods.joint import Joint
-from nostalgia.methods.nostalgia import Nostalgia
+from nostalgia.data.exemplars import Exemplar, ExemplarLoader
+from nostalgia.data.stream import Batch
+from nostalgia.linalg.block import Block
+from nostalgia.methods.base import Method, TaskContext
+from nostalgia.models.objective import Objective, Output
+from nostalgia.options import option
 
-__all__ = ["Finetune", "Joint", "Method", "Nostalgia", "StepRule"]
+__all__ = ["Batch", "Block", "Exemplar", "ExemplarLoader", "Method", "Objective", "Output", "TaskContext", "option"]

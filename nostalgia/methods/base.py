@@ -1,57 +1,162 @@
-"""What a continual-learning method decides: how a task's steps are taken, and what a finished task leaves behind."""
+"""A continual-learning method: one class whose hooks a run calls. Every hook's default is plain fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import nn
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from nostalgia.linalg.lanczos import Eigenpairs
-    from nostalgia.projection.memory import MemoryUpdate
+from nostalgia.curvature.eigenspace import CurvatureOptions
+from nostalgia.data.exemplars import Exemplar, ExemplarLoader
+from nostalgia.data.stream import Batch
+from nostalgia.data.tasks import Task
+from nostalgia.linalg.lanczos import Eigenpairs
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.models.objective import Objective, Output
 
 
-class StepRule(Protocol):
-    """The part of an optimizer step that belongs to the method, for one task.
+def _no_pause(what: str, done: int, of: int) -> None:
+    """A place to stop that never stops."""
 
-    Called in this order once a step, when gradients are synchronised and unscaled: `project_gradients`, (clipping),
-    `step`. The base class is plain fine-tuning.
+
+@dataclass
+class TaskContext:
+    """What a run hands to a method: the task in training, and the means to work with it.
+
+    ``model`` is a `TaskModel`: wrapped (DDP, FSDP2) while the task is trained, an ordinary module with whole parameters on
+    every rank in `Method.end_task`. ``parameters`` are those in scope (``model.scope``), by name within the backbone;
+    under FSDP2 they are DTensor shards while training. ``head`` is the place of the task's head among the model's.
     """
 
-    def project_gradients(self) -> Tensor | None:
-        """Change the gradients in place; returns the fraction of |g|^2 removed, None where nothing is projected."""
-        return None
+    index: int  # of the task, from 1
+    tasks: Sequence[Task]  # seen so far; the present one last, all of them for joint training
+    num_tasks: int  # of the whole run
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    space: VectorSpace  # of the parameters in scope
+    objective: Objective
+    accelerator: Accelerator
+    curvature: CurvatureOptions  # how curvature is measured: the configuration's `curvature` section
+    seed: int
+    head: int
+    image_bytes: int  # of one stored exemplar: an image at the network's size, 3 bytes a pixel
+    samples: Callable[..., list[Batch]]
+    """``samples(n, batch_size=None)``: this rank's share of a fixed stratified choice of n of the present task's training
+    images, not augmented. A collective."""
+    loader: Callable[[Sequence[Exemplar]], ExemplarLoader]
+    """``loader(exemplars)``: training batches of stored (task, index) pairs; their heads must be in the model."""
+    pause: Callable[[str, int, int], None] = _no_pause
+    """``pause(what, done, of)``: reports progress, and lets a run that was asked to stop do so, with a checkpoint of the
+    method's state. All ranks call it together."""
+
+
+class Method:
+    """One method over all tasks of a run; a subclass overrides the hooks it needs.
+
+    All ranks call every hook together, so a hook may use collectives. ``self.config`` holds the options (``method.<option>`` on
+    the command line), ``self.task`` the `TaskContext` of the task in training, from before `begin_task` to after `end_task`.
+
+    Example::
+
+        class Anchored(Method):
+            name = "anchored"
+
+            @dataclass(frozen=True)
+            class Config:
+                strength: float = option(1.0, "Of the pull to the start of the task.", low=0)
+
+            def begin_task(self, task):
+                self.start = {name: p.detach().clone() for name, p in task.parameters.items()}
+
+            def gradients(self):
+                for name, p in self.task.parameters.items():
+                    p.grad.add_(p.detach() - self.start[name], alpha=self.config.strength)
+
+            def state_dict(self):
+                return {"start": self.start}
+
+            def load_state_dict(self, state):
+                self.start = state["start"]
+    """
+
+    name: ClassVar[str] = ""
+    joint: ClassVar[bool] = False
+    """Train once, on the data of all tasks."""
+    all_heads: bool = False
+    """Keep the heads of earlier tasks in the trained model, in the order of the tasks; an instance may set it."""
+    trains_heads: bool = False
+    """Train those heads along; otherwise they are frozen."""
+    frozen_backbone: ClassVar[bool] = False
+    """Train heads alone."""
+    restarts_adapters: bool = False
+    """Merge LoRA adapters into the weights and begin them anew (B = 0) before every task but the first."""
+    strengths: ClassVar[tuple[float, ...]] = ()
+    """Grid over which a comparison searches `strength_option`."""
+    strength_option: ClassVar[str] = "strength"
+
+    @dataclass(frozen=True)
+    class Config:
+        """The options under ``method.``; fields are made by `nostalgia.options.option`."""
+
+    def __init__(self, config: Any, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
+        self.task: TaskContext = None  # type: ignore[assignment]
+
+    def begin_task(self, task: TaskContext) -> None:
+        """Before the first step. Called again when a run resumes within the task, see `load_state_dict`."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Output:
+        """Forward pass and loss of one micro-batch, summed over its samples; the default is the training objective.
+
+        The step divides the sum over all its micro-batches and ranks by the number of its samples.
+        """
+        return self.task.objective(model, batch)
+
+    def gradients(self) -> None:
+        """Change the gradients in place, once a step: they are synchronised and unscaled, and not clipped yet.
+
+        The place for the gradient of a penalty: added here it is exact under DDP, FSDP2 and accumulation.
+        """
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the optimizer's step."""
         optimizer.step()
 
-    def leak(self) -> float | None:
-        """Share of the displacement since the start that lies where it must not, None where nothing is projected."""
-        return None
+    def end_task(self, task: TaskContext) -> None:
+        """After the last step, before evaluation: take in what is to be remembered of the task."""
 
-    def vectors(self) -> dict[str, Tensor]:
-        """Whole vectors (P,) that the rest of the task depends on, for a checkpoint: a collective, the same on all."""
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log under ``method/``, asked for at logged steps and at the end of each epoch."""
         return {}
 
-    def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
-        """Take up what `vectors` gave, given whole on every rank."""
+    def bytes_remembered(self) -> int:
+        """What is kept between tasks, over all ranks, the network excluded."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on: nested dicts and lists of plain values, tensors, and `Block` s.
+
+        Tensors are the same on all ranks, or DTensors; a `Block` is spread over ranks.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; plain tensors come whole, on the run's device, on every rank.
+
+        A run that resumes within a task calls this before `begin_task`, so that it finds what earlier tasks left, and once
+        more after it, so that what it took from the network as it stands is put back.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} has no load_state_dict for {', '.join(state)}")
+
+    def eigenpairs(self) -> Eigenpairs | None:
+        """Eigenpairs of the curvature of the task that has just ended, for analysis; None where none were computed."""
         return None
 
-
-class Method(Protocol):
-    """A method, over all tasks of a run. ``task`` counts from 1."""
-
-    name: str
-    joint: bool = False  # train once on the data of all tasks together
-    needs_curvature: bool = False  # call `finish_task` with the eigenpairs of each finished task
-
-    def step_rule(self, task: int, parameters: Mapping[str, nn.Parameter]) -> StepRule:
-        """The rule for a task that starts now; ``parameters`` are the projected ones, as they are trained."""
-        ...
-
-    def finish_task(self, task: int, eigenpairs: Eigenpairs) -> MemoryUpdate:
-        """Take in the curvature of a finished task; only called where ``needs_curvature``."""
-        ...
+    def note(self) -> str:
+        """One line on what the end of the task did, for the console; empty for none."""
+        return ""

@@ -1,10 +1,10 @@
-"""All tasks' data together: the upper bound, no method for a sequence."""
+"""Training on the data of all tasks together: the upper bound, no method for a sequence."""
 
 from __future__ import annotations
 
-from nostalgia.methods.finetune import Finetune
+from nostalgia.methods.base import Method
 
 
-class Joint(Finetune):
+class Joint(Method):
     name = "joint"
     joint = True
