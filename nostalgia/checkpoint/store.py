@@ -1,7 +1,7 @@
 """The checkpoints of a run: written aside and renamed when whole, in the background; the newest whole one is read.
 
     checkpoints/000012_task2_train/     manifest.json, state.json, tensors.safetensors
-    checkpoints/blocks/memory_task1.safetensors, eigensolve_<random>.safetensors     referred to by checksum
+    checkpoints/blocks/method.basis_<random>.safetensors     vectors that checkpoints refer to by checksum
 
 Numbers grow by one; the last ``keep`` and every one taken at the end of a task stay.
 """
@@ -25,7 +25,6 @@ from nostalgia.errors import NotFoundError
 
 _NAME = re.compile(r"^(\d{6,})_[A-Za-z0-9_.-]+$")
 TENSORS, STATE, BLOCKS = "tensors.safetensors", "state.json", "blocks"
-EIGENSOLVE = "eigensolve_"  # how the names of their vectors' files begin
 TASK_END = "end_of_task"
 
 
@@ -117,15 +116,15 @@ class CheckpointStore:
                 doomed = folder.with_name(f".{folder.name}.old")
                 os.rename(folder, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        self._prune_eigensolves()
+        self._prune_blocks()
 
-    def _prune_eigensolves(self) -> None:
-        """Remove the vectors of eigensolves in progress that no checkpoint refers to any more."""
+    def _prune_blocks(self) -> None:
+        """Remove the vectors that no checkpoint refers to any more."""
         wanted: set[str] = set()
         for _, folder in _listed(self.folder):
             with contextlib.suppress(NotFoundError):
                 wanted.update(files.read_manifest(folder)["references"])
-        for path in (self.folder / BLOCKS).glob(f"{EIGENSOLVE}*"):
+        for path in (self.folder / BLOCKS).glob("[!.]*"):
             if path.relative_to(self.run_dir).as_posix() not in wanted:
                 path.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -20,12 +19,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from nostalgia.config.aliases import EVERY_METHOD, present_key, translate_saved
 from nostalgia.config.checks import check
 from nostalgia.config.saved import load_saved
 from nostalgia.config.schema import Config
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.options import nearest
 
-GROUPS = ("dataset", "model", "method", "nostalgia", "train", "logger", "suite")
+GROUPS = ("dataset", "model", "method", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's
 
 # What --debug changes; the command line still has the last word.
@@ -38,8 +39,12 @@ DEBUG = (
     "train.log_every_n_steps=1",
     "nostalgia.top_k=4",
     "nostalgia.k_max=null",
-    "nostalgia.max_basis=null",
-    "nostalgia.num_samples=64",
+    "curvature.max_basis=null",
+    "curvature.num_samples=64",
+    "curvature.tol=0.5",
+    "curvature.max_products=16",
+    "analysis.top_k=4",
+    "analysis.trace_samples=2",
     "dataset.num_workers=0",
     "experiment.deterministic=true",
 )
@@ -90,11 +95,11 @@ def parse(argv: list[str]) -> Request:
             raise UsageError(f"cannot read {word!r}: expected KEY=VALUE, such as train.epochs=20")
     if flags.suite is not None:
         words.insert(0, f"suite={flags.suite}")
-    words = [_translate(word) for word in words]
+    words = [translated for word in words if (translated := _translate(word))]
     if flags.resume_override and flags.resume is None:
         raise UsageError("--resume-override goes with --resume RUN_DIR")
     suite = next((w.removeprefix("suite=") for w in reversed(words) if w.startswith("suite=")), None)
-    debug = list(DEBUG) if flags.debug else []
+    debug = [_translate(word) for word in DEBUG] if flags.debug else []
     groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
     run_dir = None if flags.run_dir is None else Path(flags.run_dir)
     resume = flags.resume
@@ -198,20 +203,34 @@ def _options(group: str) -> list[str]:
 
 
 def _translate(word: str) -> str:
-    """Check group choices before Hydra does; ``dataset=`` takes any name, not only those with a file."""
+    """A word under its present key, its group choice checked before Hydra does; ``dataset=`` takes any name."""
     key, _, value = word.partition("=")
-    if any(key.startswith(f"{free}.") for free in FREE_KEYS) and "=" in word:
-        return f"++{word}"  # new there or not
-    if key.lstrip("+~") not in GROUPS or "=" not in word:
+    bare = key.lstrip("+~")
+    if bare == "nostalgia" and value == "default":
+        return ""  # the group that once held what is now in the method's own file
+    if "=" not in word:
         return word
-    if value in _options(key.lstrip("+~")) or (key == "suite" and value == "null"):
+    if bare != present_key(bare):
+        return f"{present_key(bare)}={value}"
+    if any(key.startswith(f"{free}.") for free in FREE_KEYS):
+        return f"++{word}"  # new there or not
+    if bare not in GROUPS:
+        return word
+    if value in _options(bare) or (key == "suite" and value == "null"):
         return word
     if key == "dataset":
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        return "dataset.name=" + "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    options = _options(key.lstrip("+~"))
-    raise UsageError(f"unknown {key.lstrip('+~')} {value!r}{_nearest(value, options)}; there are {', '.join(options)}")
+        return f"dataset.name={_quoted(value)}"
+    if key == "method" and ":" in value:
+        return f"method.name={_quoted(value)}"
+    options = _options(bare)
+    raise UsageError(f"unknown {bare} {value!r}{_nearest(value, options)}; there are {', '.join(options)}")
+
+
+def _quoted(value: str) -> str:
+    """A value in Hydra's grammar, whatever characters it holds."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
@@ -242,14 +261,55 @@ def _compose(words: list[str]) -> Any:
     ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     try:
-        for override in OverridesParser.create().parse_overrides(words):
-            _check_key(override)
+        overrides = _parsed(words)
+        of_methods = [one for one in overrides if _of_methods(one)]
+        others = [word for word, one in zip(words, overrides, strict=True) if not _of_methods(one)]
         with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
-            return compose("config", overrides=words)
+            composed = compose("config", overrides=others)
+        _apply_method_words(composed, of_methods)
+        return composed
     except HydraException as error:
         raise UsageError(_one_line(error)) from None
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from None
+
+
+def _parsed(words: list[str]) -> list[Override]:
+    """Words as Hydra's grammar reads them, their keys checked."""
+    overrides = OverridesParser.create().parse_overrides(words)
+    for override in overrides:
+        _check_key(override)
+    return overrides
+
+
+def _of_methods(override: Override) -> bool:
+    return override.key_or_group.startswith(("method.", "methods."))
+
+
+def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
+    """Options of the method: those of its file, then `methods.<name>`, then the command line's ``method.<option>``.
+
+    What is meant for every method that has it (`EVERY_METHOD`) is left for when the method's class is known.
+    """
+    method: dict[str, Any] = OmegaConf.to_container(composed["method"], resolve=True)  # type: ignore[assignment]
+    methods: dict[str, Any] = OmegaConf.to_container(composed["methods"], resolve=True)  # type: ignore[assignment]
+    given: dict[str, Any] = {}
+    for override in overrides:
+        group, _, rest = override.key_or_group.partition(".")
+        if override.is_delete():
+            raise UsageError(f"~{override.key_or_group}: leave the option out instead")
+        if group == "method":
+            given[rest] = override.value()
+        else:
+            owner, _, option = rest.rpartition(".")
+            methods.setdefault(owner, {})[option] = override.value()
+    name = given.get("name", method.get("name"))
+    if name != method.get("name"):
+        method = {"name": name}
+    every = {key: value for key, value in methods.get(EVERY_METHOD, {}).items() if key not in given}
+    method = {**method, **methods.get(name, {}), **given}
+    with open_dict(composed):
+        composed["method"], composed["methods"] = method, {EVERY_METHOD: every} if every else {}
 
 
 def _from_file(path: Path, words: list[str]) -> Any:
@@ -257,14 +317,20 @@ def _from_file(path: Path, words: list[str]) -> Any:
     if any(word.split("=")[0].lstrip("+") in GROUPS for word in words):
         raise UsageError("--config FILE is a complete configuration: override values (train.lr=1e-3), not groups")
     try:
-        loaded = load_saved(path)
-        missing = [key for key in Config.__dataclass_fields__ if key not in loaded]
+        loaded = OmegaConf.create(translate_saved(OmegaConf.to_container(load_saved(path))))  # type: ignore[arg-type]
+        missing = [key for key in Config.__dataclass_fields__ if key not in loaded and key != "methods"]
         if missing:
             raise UsageError(f"{path}: no section {missing[0]!r}; give a config.yaml that a run has written")
-        for override in OverridesParser.create().parse_overrides(words):
-            _check_key(override)
-        given = OmegaConf.from_dotlist([word.lstrip("+") for word in words])
-        return OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
+        method, methods = loaded.pop("method"), loaded.pop("methods", {})
+        composed: Any = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        with open_dict(composed):
+            composed["method"], composed["methods"] = method, methods
+        overrides = _parsed(words)
+        for override in overrides:
+            if not _of_methods(override):
+                OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        _apply_method_words(composed, [one for one in overrides if _of_methods(one)])
+        return composed
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -286,6 +352,8 @@ def _check_key(override: Override) -> None:
     keys = known_keys()
     if key in GROUPS or key in keys or any(key.startswith(f"{free}.") for free in FREE_KEYS):
         return
+    if key.startswith("method.") or (key.startswith("methods.") and key.count(".") > 1):
+        return  # the method's own, checked by its class
     raise UsageError(f"unknown key {key}{_nearest(key, keys)}")
 
 
@@ -295,20 +363,20 @@ def _checked(composed: Any) -> Config:
     except OmegaConfBaseException as error:
         raise UsageError(_one_line(error)) from None
     assert isinstance(config, Config)
-    options = config.nostalgia
     # On the command line `true` is a boolean, which a key of words turns into "True".
-    options.retain_graph, options.predict_forgetting = options.retain_graph.lower(), options.predict_forgetting.lower()
+    config.curvature.retain_graph = config.curvature.retain_graph.lower()
+    config.analysis.predict_forgetting = config.analysis.predict_forgetting.lower()
     check(config)
     return config
 
 
 def _nearest(word: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    close = nearest(word, options)
     if not close and "." in word:  # the right key in the wrong group
-        close = [option for option in options if option.endswith("." + word.rsplit(".", 1)[1])][:1]
+        close = next((f"; did you mean {one}?" for one in options if one.endswith("." + word.rsplit(".", 1)[1])), "")
     if not close:
-        close = [option for option in options if option.endswith("." + word)][:1]
-    return f"; did you mean {close[0]}?" if close else ""
+        close = next((f"; did you mean {one}?" for one in options if one.endswith("." + word)), "")
+    return close
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,177 +1,237 @@
-"""The configuration, as dataclasses: every key, its type and its default. Ranges are in `checks`."""
+"""The configuration, as dataclasses: every key with its type, its default, what is allowed, and whether a resumed run may
+change it (`free`). The options of a method stand in its own class."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from nostalgia.options import option
+
 
 @dataclass
 class ExperimentConfig:
-    name: str = "nostalgia"
-    seed: int = 0
-    """Seeds the weights, the data order, the class order of split=classes and the eigensolver."""
-    tasks: list[Any] | None = None
-    """Task list in order: data set names, or {dataset:, classes:, transform:}."""
-    num_tasks: int | None = None
-    """Without a list: how many tasks `dataset.name` makes (null: 2). With one it must equal its length."""
-    split: str = "none"
-    """none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts."""
-    output_dir: str = "${oc.env:OUTPUT_DIR,runs}/${experiment.name}"
-    """The run's folder is made in here, named by date and time; `latest` points at it."""
-    export: bool = True
-    """Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters)."""
-    deterministic: bool = False
-    """Deterministic kernels only (slower on GPUs)."""
+    name: str = option("nostalgia", free=True)
+    seed: int = option(
+        0,
+        "Seeds the weights, the data order, the class order of split=classes and the eigensolver.",
+        low=0,
+        high=2**32 - 1,
+    )
+    tasks: list[Any] | None = option(
+        None, "Task list in order: data set names, or {dataset:, classes:, transform:, head:}."
+    )
+    num_tasks: int | None = option(
+        None,
+        "Without a list: how many tasks `dataset.name` makes (null: 2). With one it must equal its length.",
+        low=1,
+    )
+    split: str = option(
+        "none",
+        "none: the data set as it is for every task; classes: its classes in num_tasks disjoint parts.",
+        choices=("none", "classes"),
+    )
+    head: str = option(
+        "per_task",
+        "Of split=classes: a head for each task, or one that grows with the tasks' classes.",
+        choices=("per_task", "shared"),
+    )
+    class_order: str | None = option(
+        None, "Of split=classes: a JSON file with the class names or indices in the order in which tasks take them."
+    )
+    output_dir: str = option(
+        "${oc.env:OUTPUT_DIR,runs}/${experiment.name}",
+        "The run's folder is made in here, named by date and time; `latest` points at it.",
+        free=True,
+    )
+    export: bool = option(
+        True, "Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters)."
+    )
+    deterministic: bool = option(False, "Deterministic kernels only (slower on GPUs).")
 
 
 @dataclass
 class DatasetConfig:
-    name: str = "digits"
-    """A catalog name, a folder, or hf:user/name."""
-    root: str = "data"
-    image_size: int | None = None
-    """Side in pixels the network is fed; null: the model's own."""
-    batch_size: int = 128
-    """Per device and micro-batch; the global batch is this x ranks x accumulation steps."""
-    num_workers: int = 4
-    """Loader processes per rank, for data that is decoded from files."""
-    val_fraction: float = 0.2
-    """Share held out, stratified by class, where a data set has no validation split of its own."""
-    augment: str = "default"
-    """default (the catalog's), none, flip, crop_flip or shift; training images only."""
-    download: bool = True
-    entries: dict[str, Any] = field(default_factory=dict)
-    """Catalog entries of your own: name -> {path: or hub_id:, ...}."""
+    name: str = option("digits", "A catalog name, a folder, or hf:user/name.")
+    root: str = option("data", free=True)
+    image_size: int | None = option(None, "Side in pixels the network is fed; null: the model's own.", low=1, high=4096)
+    batch_size: int = option(
+        128,
+        "Per device and micro-batch; the global batch is this x ranks x accumulation steps.",
+        low=1,
+        free=True,
+    )
+    num_workers: int = option(
+        4, "Loader processes per rank, for data that is decoded from files.", low=0, high=256, free=True
+    )
+    val_fraction: float = option(
+        0.2,
+        "Share held out, stratified by class, where a data set has no validation split of its own.",
+        above=0,
+        high=0.9,
+    )
+    augment: str = option(
+        "default",
+        "default (the catalog's), none, flip, crop_flip or shift; training images only.",
+        choices=("default", "none", "flip", "crop_flip", "shift"),
+    )
+    download: bool = option(True, free=True)
+    entries: dict[str, Any] = option(factory=dict, help="Catalog entries of your own: name -> {path: or hub_id:, ...}.")
 
 
 @dataclass
 class LoraConfig:
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    target_modules: list[str] | None = None
-    """Layer names adapters go on; null: the attention projections of the architecture."""
+    r: int = option(8, low=1)
+    alpha: int = option(16, low=1)
+    dropout: float = option(0.05, low=0, high=0.99)
+    target_modules: list[str] | None = option(
+        None, "Layer names adapters go on; null: the attention projections of the architecture."
+    )
+    merge: str = option(
+        "never",
+        "task: before each later task the adapters are added into the weights and begun anew (B = 0).",
+        choices=("never", "task"),
+    )
+    freeze_a: bool = option(False, "Train B alone; A stays as it was drawn.")
 
 
 @dataclass
 class ModelConfig:
     name: str = "vit"
-    framework: str = "hf"
-    """hf (transformers) or torchvision."""
-    arch: str | None = None
-    """torchvision: the architecture's name."""
-    model_id: str | None = None
-    """hf: hub id or local folder; torchvision: a file of weights instead of the library's own."""
+    framework: str = option("hf", "hf (transformers) or torchvision.", choices=("hf", "torchvision"))
+    arch: str | None = option(None, "torchvision: the architecture's name.")
+    model_id: str | None = option(
+        None, "hf: hub id or local folder; torchvision: a file of weights instead of the library's own."
+    )
     pretrained: bool = True
     use_lora: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
-    norm_statistics: str = "per_task"
-    """Batch-norm running statistics: per_task, frozen or shared."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """hf without pretrained weights: the keyword arguments of its configuration (hidden_size, ...)."""
+    scope: str = option(
+        "auto",
+        "Parameters that methods protect: backbone, lora-only, or auto (the adapters where there are some, else the "
+        "backbone).",
+        choices=("auto", "backbone", "lora-only"),
+    )
+    norm_statistics: str = option(
+        "per_task",
+        "Batch-norm running statistics: per_task, frozen or shared.",
+        choices=("per_task", "frozen", "shared"),
+    )
+    config: dict[str, Any] = option(
+        factory=dict,
+        help="hf without pretrained weights: the keyword arguments of its configuration (hidden_size, ...).",
+    )
 
 
 @dataclass
-class MethodConfig:
-    name: str = "nostalgia"
-    """nostalgia, finetune (no projection: the lower bound), joint (all tasks together: the upper bound), or
-    module:Class of your own."""
+class CurvatureConfig:
+    """How the curvature of a finished task is measured, for methods and for analysis."""
+
+    kind: str = option("hessian", "hessian, or ggn: the Gauss-Newton matrix.", choices=("hessian", "ggn"))
+    hvp: str = option(
+        "exact",
+        "exact (double backward), jvp (forward over reverse) or finite_difference.",
+        choices=("exact", "jvp", "finite_difference"),
+    )
+    num_samples: int = option(2048, "Training samples of a finished task that its curvature is taken over.", low=1)
+    batch_size: int = option(64, "Samples per batch of a curvature product: bounds its memory.", low=1)
+    tol: float = option(1e-2, "A pair is converged when |H q - lambda q| <= tol |lambda|.", above=0, high=1)
+    max_products: int | None = option(None, low=1)
+    max_basis: int | None = option(None, "Vectors the eigensolver holds at most; null: 2 k + 16.", low=1)
+    precision: str = option(
+        "float32",
+        "Of the network in a curvature product; vectors are float32 at least.",
+        choices=("float32", "float64", "tf32", "bf16"),
+    )
+    retain_graph: str = option(
+        "auto",
+        "Keep first-backward graphs over products: auto (while memory allows), true or false.",
+        choices=("auto", "true", "false"),
+        free=True,
+    )
+    compile: bool = option(False, "torch.compile the products of hvp=jvp.")
+    checkpoint_every_n_products: int = option(
+        50, "Products of an eigensolve between checkpoints; 0: none.", low=0, free=True
+    )
 
 
 @dataclass
-class NostalgiaConfig:
-    enabled: bool = True
-    top_k: int = 32
-    """Eigenpairs taken of each finished task."""
-    k_max: int | None = None
-    """Directions the union memory holds at most; null: 4 top_k."""
-    merge: str = "union"
-    project: str = "constrained"
-    """gradient, displacement or constrained; the gradient is projected in all three."""
-    project_params: str = "auto"
-    """backbone, lora-only, or auto: the adapters where there are some, else the backbone."""
-    projection_start_task: int = 2
-    curvature: str = "hessian"
-    hvp: str = "exact"
-    """exact (double backward), jvp (forward over reverse) or finite_difference."""
-    num_samples: int = 2048
-    """Training samples of a finished task that its curvature is taken over."""
-    batch_size: int = 64
-    """Samples per batch of a curvature product: bounds its memory."""
-    tol: float = 1e-2
-    """A pair is converged when |H q - lambda q| <= tol |lambda|."""
-    max_products: int | None = None
-    max_basis: int | None = None
-    """Vectors the eigensolver holds at most; null: 2 top_k + 16."""
-    precision: str = "float32"
-    """Of the network in a curvature product: float32, float64, tf32 or bf16; vectors are float32 at least."""
-    retain_graph: str = "auto"
-    """Keep first-backward graphs over products: auto (while memory allows), true or false."""
-    compile: bool = False
-    """torch.compile the products of hvp=jvp."""
-    basis_placement: str = "auto"
-    """Under DDP: replicated (no collective of size P a step), sharded (1/W of the memory), auto by the budget."""
-    basis_dtype: str = "float32"
-    basis_memory_gb: float | None = None
-    """Budget of auto, per rank; null: a tenth of the device's memory."""
-    guard_every_n_steps: int = 100
-    """Compare checksums of parameters and memory over ranks this often; 0: never."""
-    checkpoint_every_n_products: int = 50
-    """Products of an eigensolve between checkpoints; 0: none."""
-    spectral_density: bool = False
-    """Estimate the density and the trace of each finished task's whole spectrum as well."""
-    density_runs: int = 4
-    """Random vectors that density is estimated from."""
-    density_steps: int = 40
-    """Lanczos steps from each: the estimate costs (density_runs + 1) density_steps products."""
-    predict_forgetting: str = "auto"
-    """Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto
-    (where the method takes curvature). Reads the earlier tasks' curvature samples again, as evaluation does its own."""
-    trace_samples: int = 8
-    """Random vectors the trace of a finished task's curvature is estimated by; one product each."""
+class AnalysisConfig:
+    """What is measured beside the run; training does not depend on it."""
+
+    predict_forgetting: str = option(
+        "auto",
+        "Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto "
+        "(where the method computes eigenpairs). Reads the earlier tasks' curvature samples again.",
+        choices=("auto", "true", "false"),
+    )
+    top_k: int = option(
+        32, "Eigenpairs of the prediction where the method computes none (predict_forgetting=true).", low=1
+    )
+    trace_samples: int = option(
+        8, "Random vectors the trace of a finished task's curvature is estimated by; one product each.", low=1
+    )
+    spectral_density: bool = option(
+        False, "Estimate the density and the trace of each finished task's whole spectrum as well."
+    )
+    density_runs: int = option(4, "Random vectors that density is estimated from.", low=1)
+    density_steps: int = option(
+        40, "Lanczos steps from each: the estimate costs (density_runs + 1) density_steps products.", low=1
+    )
 
 
 @dataclass
 class TrainConfig:
-    epochs: int = 50
-    epochs_per_task: list[int] | None = None
-    optimizer: str = "adamw"
-    lr: float = 3e-4
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: float = 0.9
-    """Of sgd."""
-    scheduler: str = "cosine"
-    warmup_epochs: float = 5.0
-    head_warmup_epochs: int = 0
-    """Epochs a new head is trained alone before its task; 0: none, and no forward transfer is measured."""
-    head_warmup_lr: float | None = None
-    """null: train.lr."""
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float | None = 1.0
-    label_smoothing: float = 0.0
-    precision: str = "auto"
-    """64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: 16-bit on a GPU, 32 on CPU."""
-    accelerator: str = "auto"
-    devices: Any = "auto"
-    """The number of processes you expect; the launcher starts them."""
-    heartbeat_seconds: float = 60.0
-    """A rank that is stopped, or whose machine is gone, for longer ends the run; 0: only its timeout does."""
-    log_every_n_steps: int = 50
-    timeout_minutes: float = 30.0
-    """A rank that waits longer for the others ends the run."""
-    checkpoint_every_steps: int = 0
-    """Optimizer steps between checkpoints within an epoch; 0: none."""
-    checkpoint_every_epochs: int = 1
-    """0: none but at the end of each task."""
-    keep_checkpoints: int = 2
-    """The newest kept; those at the end of a task are all kept."""
-    on_checkpoint_failure: str = "stop"
-    """stop (exit 4; the last whole checkpoint stays) or continue with a warning."""
-    max_steps_per_epoch: int | None = None
-    max_eval_batches: int | None = None
-    detect_anomaly: bool = False
+    epochs: int = option(50, low=1)
+    epochs_per_task: list[int] | None = option(None, low=1)
+    optimizer: str = option("adamw", choices=("adamw", "sgd"))
+    lr: float = option(3e-4, above=0)
+    weight_decay: float = option(0.05, low=0)
+    betas: list[float] = option(factory=lambda: [0.9, 0.999])
+    momentum: float = option(0.9, "Of sgd.", low=0, high=0.9999)
+    scheduler: str = option("cosine", choices=("cosine", "constant"))
+    warmup_epochs: float = option(5.0, low=0)
+    head_warmup_epochs: int = option(
+        0,
+        "Epochs a new head is trained alone before its task; 0: none, and no forward transfer is measured.",
+        low=0,
+    )
+    head_warmup_lr: float | None = option(None, "null: train.lr.", above=0)
+    gradient_accumulation_steps: int = option(1, low=1, free=True)
+    max_grad_norm: float | None = option(1.0, above=0)
+    label_smoothing: float = option(0.0, low=0, high=0.99)
+    precision: str = option(
+        "auto",
+        "64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: 16-bit on a GPU, 32 on CPU.",
+        choices=("auto", "64", "32", "tf32", "bf16", "16"),
+    )
+    accelerator: str = option("auto", choices=("auto", "cpu", "gpu"), free=True)
+    devices: Any = option("auto", "The number of processes you expect; the launcher starts them.", free=True)
+    heartbeat_seconds: float = option(
+        60.0,
+        "A rank that is stopped, or whose machine is gone, for longer ends the run; 0: only its timeout does.",
+        low=0,
+        free=True,
+    )
+    guard_every_n_steps: int = option(
+        100, "Compare checksums of parameters over ranks this often; 0: never.", low=0, free=True
+    )
+    log_every_n_steps: int = option(50, low=1, free=True)
+    timeout_minutes: float = option(30.0, "A rank that waits longer for the others ends the run.", above=0, free=True)
+    checkpoint_every_steps: int = option(
+        0, "Optimizer steps between checkpoints within an epoch; 0: none.", low=0, free=True
+    )
+    checkpoint_every_epochs: int = option(1, "0: none but at the end of each task.", low=0, free=True)
+    keep_checkpoints: int = option(2, "The newest kept; those at the end of a task are all kept.", low=1, free=True)
+    on_checkpoint_failure: str = option(
+        "stop",
+        "stop (exit 4; the last whole checkpoint stays) or continue with a warning.",
+        choices=("stop", "continue"),
+        free=True,
+    )
+    max_steps_per_epoch: int | None = option(None, low=1)
+    max_eval_batches: int | None = option(None, low=1)
+    detect_anomaly: bool = option(False, free=True)
 
 
 @dataclass
@@ -180,12 +240,11 @@ class LoggerConfig:
     use_wandb: bool = False
     project: str = "nostalgia"
     entity: str | None = None
-    mode: str = "online"
+    mode: str = option("online", choices=("online", "offline", "disabled"))
     tags: list[str] = field(default_factory=list)
     group: str | None = None
     name: str | None = None
-    save_dir: str | None = None
-    """Where TensorBoard and W&B write; null: the run's folder."""
+    save_dir: str | None = option(None, "Where TensorBoard and W&B write; null: the run's folder.")
 
 
 @dataclass
@@ -193,7 +252,11 @@ class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    nostalgia: NostalgiaConfig = field(default_factory=NostalgiaConfig)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "nostalgia"})
+    """``name`` and the method's own options, which its class declares."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """Options by method, for runs of whichever is chosen: ``{nostalgia: {top_k: 64}, ewc: {strength: 100}}``."""
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -193,7 +193,7 @@ class BatchedOperator(CurvatureOperator):
         where = f"first in {bad[0]}" if bad else "on another rank"
         return (
             f"{what} is not finite ({where}; the mean loss is {self.loss():.3g}): a derivative overflows at these "
-            "parameters; try nostalgia.precision=float64 or a smaller train.lr"
+            "parameters; try curvature.precision=float64 or a smaller train.lr"
         )
 
     def _measured(self) -> tuple[float, int]:
@@ -204,7 +204,7 @@ class BatchedOperator(CurvatureOperator):
             if samples == 0:
                 raise UsageError(
                     "the curvature set is empty on every rank: nothing to take a curvature of; "
-                    "give nostalgia.num_samples >= 1"
+                    "give curvature.num_samples >= 1"
                 )
             if not math.isfinite(loss):
                 raise RunFailedError(

@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianOperator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState, lanczos
 from nostalgia.linalg.vector_space import VectorSpace
-
-LossFn = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+from nostalgia.models.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions:
-    """How a finished task's eigenpairs are computed; names as in the configuration's ``nostalgia`` group."""
+    """How a finished task's curvature is measured; names as in the configuration's ``curvature`` section."""
 
-    top_k: int
     kind: str = "hessian"
-    method: str = "exact"
+    hvp: str = "exact"
+    num_samples: int = 2048
+    batch_size: int = 64
     precision: str = "float32"
     retain_graph: str | bool = "auto"
     compile: bool = False
@@ -32,12 +32,11 @@ class CurvatureOptions:
     max_products: int | None = None
     max_basis: int | None = None
     seed: int = 0
-    label_smoothing: float = 0.0  # of the loss whose Gauss-Newton matrix is taken; a Hessian's loss_fn has its own
 
 
 def task_operator(
     model: nn.Module,
-    loss_fn: LossFn,
+    objective: Objective,
     batches: Sequence[Batch],
     parameters: Mapping[str, nn.Parameter],
     accelerator: Accelerator,
@@ -46,29 +45,31 @@ def task_operator(
 ) -> BatchedOperator:
     """The curvature of a task's mean loss over its curvature set; ``batches`` are this rank's share."""
     common: dict[str, Any] = {
-        "method": options.method,
+        "method": options.hvp,
         "precision": options.precision,
         "retain_graph": options.retain_graph,
         "compile": options.compile,
         "space": space,
     }
     if options.kind == "hessian":
-        return HessianOperator(model, loss_fn, batches, parameters, accelerator, **common)
+        return HessianOperator(model, objective.loss_fn, batches, parameters, accelerator, **common)
     if options.kind == "ggn":
-        common["label_smoothing"] = options.label_smoothing
-        return GGNOperator(model, _logits, batches, parameters, accelerator, loss="cross_entropy", **common)
-    raise UsageError(f"nostalgia.curvature={options.kind!r}: allowed are hessian, ggn")
+        common["label_smoothing"] = objective.label_smoothing
+        return GGNOperator(model, objective.forward_fn, batches, parameters, accelerator, **common)
+    raise UsageError(f"curvature.kind={options.kind!r}: allowed are hessian, ggn")
 
 
 def top_eigenpairs(
     operator: BatchedOperator,
+    k: int,
     options: CurvatureOptions,
     callback: Callable[[LanczosProgress], None] | None = None,
     state: LanczosState | None = None,
 ) -> Eigenpairs:
+    """The ``k`` largest eigenpairs, solved as ``options`` say; `lanczos` says the rest."""
     return lanczos(
         operator,
-        options.top_k,
+        k,
         tol=options.tol,
         max_products=options.max_products,
         max_basis=options.max_basis,
@@ -76,9 +77,3 @@ def top_eigenpairs(
         callback=callback,
         state=state,
     )
-
-
-def _logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The one head's logits and the labels: curvature sets hold no padding."""
-    (logits,) = model(batch.images)
-    return logits, batch.labels

@@ -91,6 +91,6 @@ class CentralDifferences:
         if not error <= TOLERANCE:
             raise RunFailedError(
                 f"finite-difference curvature is noise: product {self._products} changes by {error:.1%} when the step "
-                f"is halved (allowed {TOLERANCE:.0%}); use nostalgia.hvp=exact, or float32 matrix products "
-                "(nostalgia.precision=float32, under FSDP2 also train.precision=32)"
+                f"is halved (allowed {TOLERANCE:.0%}); use curvature.hvp=exact, or float32 matrix products "
+                "(curvature.precision=float32, under FSDP2 also train.precision=32)"
             )

@@ -14,7 +14,7 @@ are left. All of it is second order around a: far from it the numbers say how fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -92,7 +92,7 @@ class ForgettingPrediction:
         self.trace_samples, self.seed = trace_samples, seed
         self.expansions: dict[str, Expansion] = {}
         self.rows: list[ForgettingRow] = []
-        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}  # task -> parameters, gradient (P_local,) each
+        self.vectors: dict[str, Tensor] = {}  # task -> its parameters and its gradient (2, P_local)
 
     @torch.no_grad()
     def finish(self, task: str, operator: BatchedOperator, pairs: Eigenpairs, loss: float | None = None) -> Expansion:
@@ -106,7 +106,7 @@ class ForgettingPrediction:
         gradient = operator.gradient()
         rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
         if not math.isfinite(rest):
-            raise RunFailedError(f"{task}: the trace of the curvature is {rest}; try nostalgia.precision=float64")
+            raise RunFailedError(f"{task}: the trace of the curvature is {rest}; try curvature.precision=float64")
         expansion = Expansion(
             task=task,
             loss=operator.loss() if loss is None else loss,
@@ -117,7 +117,8 @@ class ForgettingPrediction:
             gradient_norm=float(self.space.norm(gradient)),
             unconverged=max(limits.tolist(), default=0.0),
         )
-        self._vectors[task] = (self.space.take(p.detach() for p in operator.parameters.values()), gradient)
+        parameters = self.space.take(p.detach() for p in operator.parameters.values())
+        self.vectors[task] = torch.stack([parameters, gradient])
         self.expansions[task] = expansion
         return expansion
 
@@ -136,7 +137,7 @@ class ForgettingPrediction:
     def predict(self, task: str, after: str, theta: Tensor, loss: float) -> ForgettingRow:
         """The row of one finished task at theta (P_local,), where its mean loss is ``loss``: one small all-reduce."""
         expansion = self.expansions[task]
-        anchor, gradient = self._vectors[task]
+        anchor, gradient = self.vectors[task]
         d = theta - anchor
         products = self.space.gram(torch.stack([d, gradient]), d[None], exact=True)[:, 0].cpu()
         coefficients = self.space.gram(self.bases[task], d[None], exact=True)[:, 0].cpu()[expansion.kept]
@@ -183,36 +184,19 @@ class ForgettingPrediction:
 
     # -- to stop and go on -----------------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        """This rank's vectors (P_local,) by name; the eigenvectors are the caller's."""
-        named = {}
-        for number, task in enumerate(self.expansions, start=1):
-            named[f"task{number}.parameters"], named[f"task{number}.gradient"] = self._vectors[task]
-        return named
-
     def state(self) -> dict[str, Any]:
-        """Everything that is no tensor, as JSON takes it."""
+        """Everything but `vectors`, as JSON takes it."""
         return {
-            "trace_samples": self.trace_samples,
-            "seed": self.seed,
             "expansions": [asdict(e) for e in self.expansions.values()],
             "rows": [asdict(row) for row in self.rows],
         }
 
-    @classmethod
-    def restore(
-        cls, space: VectorSpace, bases: Mapping[str, Tensor], tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-    ) -> ForgettingPrediction:
-        """What `tensors` and `state` were taken from; the vectors are this rank's part in ``space``."""
-        restored = cls(space, bases, trace_samples=state["trace_samples"], seed=state["seed"])
+    def load_state(self, state: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` and `vectors` gave; the vectors are this rank's part."""
         expansions = [Expansion(**_known(Expansion, item)) for item in state["expansions"]]
-        restored.expansions = {e.task: e for e in expansions}
-        restored.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
-        for number, expansion in enumerate(expansions, start=1):
-            own: Sequence[Tensor] = [tensors[f"task{number}.{name}"] for name in ("parameters", "gradient")]
-            parameters, gradient = (t.to(device=space.device, dtype=space.dtype) for t in own)
-            restored._vectors[expansion.task] = (parameters, gradient)
-        return restored
+        self.expansions = {e.task: e for e in expansions}
+        self.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
+        self.vectors = {task: vectors[task].to(self.space.device, self.space.dtype) for task in self.expansions}
 
 
 def _known(kind: Any, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,12 +40,12 @@ class ShardedGradient:
         if frozen:
             raise UsageError(
                 f"finite differences under FSDP2: {frozen[0]} is in scope but does not require a gradient; "
-                "set requires_grad before fully_shard, or use nostalgia.hvp=exact"
+                "set requires_grad before fully_shard, or use curvature.hvp=exact"
             )
         if precision == "float64" and any(p.dtype != torch.float64 for p in parameters.values()):
             raise UsageError(
                 "precision=float64: finite differences under FSDP2 compute in the sharded model's own precision; "
-                "use nostalgia.hvp=exact"
+                "use curvature.hvp=exact"
             )
         self.model, self.loss_fn, self.batches = inner_module(model), loss_fn, batches
         self.parameters, self.space, self.precision = list(parameters.values()), space, precision

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ class TaskSpec:
     transform: tuple[str, ...] = ()  # domain shifts, in order
     part: tuple[int, int] | None = None  # (i, n): the i-th of n disjoint parts of the classes, i from 0
     head: str | None = None  # name of an earlier task whose head goes on; None: a head of its own
+    order: tuple[int | str, ...] | None = None  # of the classes, for parts; None: by the seed
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,26 @@ class Task:
 
 
 def expand_specs(
-    tasks: Sequence[Any] | None, dataset: str, num_tasks: int | None = None, split: str = "none"
+    tasks: Sequence[Any] | None,
+    dataset: str,
+    num_tasks: int | None = None,
+    split: str = "none",
+    *,
+    shared_head: bool = False,
+    class_order: str | None = None,
 ) -> list[TaskSpec]:
-    """The task list: as given, or ``dataset`` several times, or its classes in disjoint parts."""
+    """The task list: as given, or ``dataset`` several times, or its classes in disjoint parts.
+
+    Parts share one growing head with ``shared_head``; ``class_order`` is a JSON file with the order in which they take
+    the classes.
+    """
     if tasks is None:
         count = DEFAULT_TASKS if num_tasks is None else num_tasks
-        parts = [(i, count) if split == "classes" else None for i in range(count)]
-        return [TaskSpec(dataset, part=part) for part in parts]
+        if split != "classes":
+            return [TaskSpec(dataset) for _ in range(count)]
+        order = None if class_order is None else read_class_order(Path(class_order))
+        first = task_name(1, dataset) if shared_head else None
+        return [TaskSpec(dataset, part=(i, count), head=first if i else None, order=order) for i in range(count)]
     if not tasks:
         raise UsageError("experiment.tasks=[]: name at least one task, such as experiment.tasks=[digits]")
     return [_spec(i, entry) for i, entry in enumerate(tasks, 1)]
@@ -114,6 +130,17 @@ def task_name(index: int, dataset: str) -> str:
     """``task1_digits``; of a repository or a folder the last part of its name."""
     last = re.split(r"[/\\:]", dataset.rstrip("/\\"))[-1]
     return f"task{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', last)[:64]}"
+
+
+def read_class_order(path: Path) -> tuple[int | str, ...]:
+    """Class names or indices from a JSON list in a file; raises NotFoundError where it is not one."""
+    try:
+        order = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"experiment.class_order={path}: cannot be read ({error})") from None
+    if not isinstance(order, list) or not order or not all(isinstance(c, (int, str)) for c in order):
+        raise NotFoundError(f"experiment.class_order={path}: expected is a JSON list of class names or indices")
+    return tuple(order)
 
 
 def head_classes(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
@@ -180,12 +207,21 @@ def _classes(name: str, spec: TaskSpec, source: Source, seed: int) -> list[int]:
             raise UsageError(
                 f"experiment.num_tasks={n} with experiment.split=classes: {source.name} has {len(all_classes)} classes"
             )
-        order = torch.randperm(len(all_classes), generator=torch.Generator().manual_seed(seed))
+        if spec.order is None:
+            order = torch.randperm(len(all_classes), generator=torch.Generator().manual_seed(seed))
+        else:
+            order = torch.tensor(_indices(name, spec.order, source))
         return sorted(order.tensor_split(n)[i].tolist())
     if spec.classes is None:
         return list(range(len(all_classes)))
+    return _indices(name, spec.classes, source)
+
+
+def _indices(name: str, classes: Sequence[int | str], source: Source) -> list[int]:
+    """Indices within the source of ``classes``, given as indices or names."""
+    all_classes = source.train.classes
     chosen = []
-    for c in spec.classes:
+    for c in classes:
         if isinstance(c, int) and not isinstance(c, bool) and 0 <= c < len(all_classes):
             chosen.append(c)
         elif isinstance(c, str) and c in all_classes:
@@ -198,7 +234,7 @@ def _classes(name: str, spec: TaskSpec, source: Source, seed: int) -> list[int]:
                 f"{len(all_classes) - 1}, and class names"
             )
     if len(set(chosen)) != len(chosen):
-        raise UsageError(f"{name}: classes={list(spec.classes)} names a class twice")
+        raise UsageError(f"{name}: classes={list(classes)} names a class twice")
     return chosen
 
 

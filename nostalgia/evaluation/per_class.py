@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nostalgia.data.stream import TaskLoader
-from nostalgia.training.task_model import TaskModel, loss_sum
+from nostalgia.models.objective import Objective
+from nostalgia.models.task_model import TaskModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def evaluate_classes(
             for batch in step.micro_batches:
                 logits = model(batch.images)
                 labels, right = batch.labels[batch.valid], _right(logits[0], batch.labels)[batch.valid]
-                sums[0] += loss_sum(logits, batch).double()
+                sums[0] += Objective().loss(logits, batch).double()
                 sums[1 : 1 + size] += torch.bincount(labels, minlength=size)
                 sums[1 + size :] += torch.bincount(labels[right], minlength=size)
     loss, *numbers = accelerator.reduce(sums, "sum").tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from nostalgia.checkpoint.store import CheckpointStore, Contents
+from nostalgia.config.schema import Config
 from nostalgia.errors import InterruptedRun, RunFailedError
 from nostalgia.parallel.stop import StopRequest
 
@@ -23,6 +24,17 @@ class Schedule:
     every_products: int = 0
     keep: int = 2
     on_failure: str = "stop"  # or continue, with a warning
+
+    @classmethod
+    def of(cls, config: Config) -> Schedule:
+        train = config.train
+        return cls(
+            every_steps=train.checkpoint_every_steps,
+            every_epochs=train.checkpoint_every_epochs,
+            every_products=config.curvature.checkpoint_every_n_products,
+            keep=train.keep_checkpoints,
+            on_failure=train.on_checkpoint_failure,
+        )
 
 
 class Checkpointer:

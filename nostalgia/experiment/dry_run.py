@@ -21,7 +21,7 @@ from nostalgia.config import Config, Request
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.tasks import Missing, Task, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.setup import Parts, build_parts, source_loader, task_specs
+from nostalgia.experiment.components import Components, build_components, source_loader, task_specs
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
 from nostalgia.reporting.streams import make_console
@@ -33,7 +33,7 @@ def dry_run(
     request: Request,
     accelerator: Accelerator,
     precision: str,
-    run_info: Callable[[Parts, Request, Path], RunInfo],
+    run_info: Callable[[Components, Request, Path], RunInfo],
 ) -> None:
     """Print it; NotFoundError at the end, on all ranks, where data or weights are missing."""
     config = request.config
@@ -47,7 +47,7 @@ def dry_run(
     tasks = [_empty(one) if isinstance(one, Missing) else one for one in found]
     no_weights = ""
     try:
-        parts = build_parts(config, accelerator, precision, tasks=tasks, download_weights=False)
+        parts = build_components(config, accelerator, precision, tasks=tasks, download_weights=False)
         console.print(start_panel(run_info(parts, request, Path(config.experiment.output_dir))))
     except NotFoundError as error:
         no_weights = str(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nostalgia.data.tasks import head_classes
-from nostalgia.experiment.setup import Parts
+from nostalgia.experiment.components import Components
 from nostalgia.models.export import export
 from nostalgia.models.model_card import TaskCard
 from nostalgia.reporting.results import RunResults
@@ -17,23 +17,24 @@ from nostalgia.reporting.results import RunResults
 EXPORT = "export"
 
 
-def export_run(run_dir: Path, parts: Parts, results: RunResults, argv: Sequence[str]) -> Path:
+def export_run(run_dir: Path, run: Components, results: RunResults, argv: Sequence[str]) -> Path:
     """Write ``run_dir/export``. One rank calls it, with whole parameters; OSError where it cannot be written."""
-    classes = head_classes(parts.tasks)
+    classes = head_classes(run.tasks)
     cards = [
         TaskCard(task.name, classes[task.head], accuracy, results.accuracy_matrix[i][i])
-        for i, (task, accuracy) in enumerate(zip(parts.tasks, results.final_accuracies(), strict=True))
+        for i, (task, accuracy) in enumerate(zip(run.tasks, results.final_accuracies(), strict=True))
     ]
     heads: dict[str, nn.Linear] = {}
-    for task, head in zip(parts.tasks, parts.heads, strict=True):
+    for task in run.tasks:
+        head = run.heads[task.head]
         assert isinstance(head, nn.Linear)
         heads[task.name] = head
-    model = parts.config.model
+    model = run.config.model
     # Statistics of each task are the network's own where they are shared or frozen.
-    statistics = parts.norm_statistics if model.norm_statistics == "per_task" and any(parts.norm_statistics) else []
+    statistics = run.norm_statistics if model.norm_statistics == "per_task" and any(run.norm_statistics) else []
     return export(
         run_dir / EXPORT,
-        backbone=parts.backbone,
+        backbone=run.backbone,
         heads=heads,
         tasks=cards,
         command=shlex.join(["python", "-m", "nostalgia.train", *argv]),

@@ -1,44 +1,46 @@
-"""The heads of a run's tasks: one each, or one that several tasks go on with, grown by their new classes."""
+"""The heads of a run: one for each task, or one that several tasks go on with, grown by their new classes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import nn
 
 from nostalgia.data.tasks import Task, head_classes
-from nostalgia.experiment.setup import Parts
+from nostalgia.experiment.components import Components
 from nostalgia.models import expand_head, make_head
 
 
-def new_heads(parts: Parts, tasks: list[Task]) -> list[nn.Module]:
-    """The heads that ``tasks`` are trained with, one each; tasks that share a head get the same module."""
-    classes = head_classes(tasks)
+def new_heads(run: Components, tasks: Sequence[Task]) -> dict[str, nn.Module]:
+    """The heads that ``tasks`` are trained with, by name: new ones, or the run's own grown by the tasks' classes."""
     made: dict[str, nn.Module] = {}
-    for task in tasks:
-        if task.head not in made:
-            seed = parts.config.experiment.seed * 1000 + task.index
-            before = _trained(parts, task.head)
-            if before is None:
-                head = make_head(parts.backbone.feature_dim, len(classes[task.head]), seed)
-            else:
-                head = expand_head(before, len(classes[task.head]), seed)
-            made[task.head] = head.to(device=parts.accelerator.device, dtype=parts.view.dtype)
-    return [made[task.head] for task in tasks]
+    first = {task.head: task.index for task in reversed(tasks)}
+    for name, classes in head_classes(tasks).items():
+        seed = run.config.experiment.seed * 1000 + first[name]
+        before = run.heads.get(name)
+        if before is None:
+            head = make_head(run.backbone.feature_dim, len(classes), seed)
+        else:
+            assert isinstance(before, nn.Linear)
+            head = expand_head(before, len(classes), seed)
+        made[name] = head.to(device=run.accelerator.device, dtype=run.view.dtype)
+    return made
 
 
-def take_up(parts: Parts, tasks: list[Task], heads: list[nn.Module]) -> None:
-    """Add the trained ``heads`` of ``tasks``; earlier tasks are evaluated with what has become of theirs."""
-    newest = {task.head: head for task, head in zip(tasks, heads, strict=True)}
-    parts.heads[:] = [newest.get(t.head, h) for t, h in zip(parts.tasks, parts.heads, strict=False)] + heads
-
-
-def empty_heads(parts: Parts, count: int) -> list[nn.Module]:
+def empty_heads(run: Components, count: int) -> dict[str, nn.Module]:
     """Heads as the first ``count`` tasks have left them, their values still to be filled in."""
-    return new_heads(parts, parts.tasks[:count])
+    return new_heads(run, run.tasks[:count])
 
 
-def _trained(parts: Parts, name: str) -> nn.Linear | None:
-    for task, head in zip(parts.tasks, parts.heads, strict=False):
-        if task.head == name:
-            assert isinstance(head, nn.Linear)
-            return head
-    return None
+def heads_in_training(run: Components, new: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The heads of the trained model: those of the present task, or all of the run where the method wants them.
+
+    Those of earlier tasks are frozen unless the method trains them.
+    """
+    method = run.method
+    if not method.all_heads:
+        return new
+    heads = {**run.heads, **new}
+    for name, head in heads.items():
+        head.requires_grad_(name in new or method.trains_heads)
+    return heads

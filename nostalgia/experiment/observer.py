@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class PhaseObserver:
     finish: Callable[[nn.Module], Score] | None = None  # measures the trained model, still wrapped
     score: Score | None = None  # what `finish` gave
     steps: int = 0
-    leak: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the method, at the end of the latest epoch
 
     def phase_started(self, epochs: int, steps_per_epoch: int, taken: int) -> None:
         self.steps = taken
@@ -48,13 +48,13 @@ class PhaseObserver:
                 accuracy=record.accuracy,
                 lr=record.lr,
                 grad_norm=record.grad_norm,
-                projected_fraction=record.projected_fraction,
+                metrics=record.metrics,
                 images_per_s=record.images_per_s,
                 split=self.label,
             )
 
-    def epoch_finished(self, epoch: int, step: int, model: nn.Module, leak: float | None) -> None:
-        self.leak = leak
+    def epoch_finished(self, epoch: int, step: int, model: nn.Module, metrics: dict[str, float]) -> None:
+        self.metrics, leak = metrics, metrics.get("leak")
         if self.validate is None:
             return
         score = self.validate(model)
@@ -65,7 +65,7 @@ class PhaseObserver:
             epoch=epoch,
             loss=score.loss,
             accuracy=score.accuracy,
-            leak=leak,
+            metrics=metrics,
         )
         self.log.memory(self.start_step + step)
 

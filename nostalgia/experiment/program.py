@@ -10,13 +10,13 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
 from nostalgia.config import Request
+from nostalgia.experiment.components import build_components
 from nostalgia.experiment.dry_run import dry_run
+from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.exporting import EXPORT, export_run
 from nostalgia.experiment.full_run import cost_of_full_run
 from nostalgia.experiment.info import run_info
 from nostalgia.experiment.resume import open_run
-from nostalgia.experiment.rounds import Experiment
-from nostalgia.experiment.setup import build_parts
 from nostalgia.reporting.console import print_config, print_final, start_panel
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.progress import Progress
@@ -36,7 +36,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     if folder is None:
         dry_run(request, accelerator, precision, run_info)
         return None
-    parts = build_parts(config, accelerator, precision)
+    components = build_components(config, accelerator, precision)
     console = make_console(quiet=not accelerator.is_main_process)
     print_config(
         console,
@@ -44,23 +44,23 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         quiet=request.quiet,
         path=folder / "config.yaml",
     )
-    info = run_info(parts, request, folder)
+    info = run_info(components, request, folder)
     console.print(start_panel(info))
-    with Progress(accelerator.is_main_process, len(parts.tasks), console=console) as progress:
-        experiment = Experiment(parts, folder, progress, resumed)
+    with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
+        experiment = Experiment(components, folder, progress, resumed)
         results = experiment.run()
     if accelerator.is_main_process:
         paths = write_results(folder / "results", results)
         drawn = draw_run(read_run(folder), folder / "results" / "figures")
         experiment.log.figures(drawn.made)
         if config.experiment.export:
-            paths[EXPORT] = export_run(folder, parts, results, request.argv)
+            paths[EXPORT] = export_run(folder, components, results, request.argv)
         paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
         print_final(console, results, paths)
         if drawn.skipped:  # `plot_all` says why of each
             console.print(f"nothing to draw for  {', '.join(drawn.skipped)}", highlight=False)
         if request.debug:
-            console.print(cost_of_full_run(request, parts, info, folder))
+            console.print(cost_of_full_run(request, components, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder

@@ -15,8 +15,8 @@ from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import EvaluationRequest
 from nostalgia.evaluation.per_class import evaluate_classes
+from nostalgia.experiment.components import load_tasks, task_loader, task_specs
 from nostalgia.experiment.exporting import EXPORT
-from nostalgia.experiment.setup import load_tasks, task_loader, task_specs
 from nostalgia.models import load_heads, norm_statistics
 from nostalgia.models.exported import load_classes, load_export
 from nostalgia.parallel.coordination import agree

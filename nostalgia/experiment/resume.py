@@ -15,22 +15,14 @@ from torch import Tensor
 
 from nostalgia.checkpoint import store
 from nostalgia.config import Config, Request, save
+from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.experiment.setup import versions
-from nostalgia.linalg.krylov import LanczosState
+from nostalgia.experiment.components import versions
+from nostalgia.methods.loading import method_class
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.reporting.trackers import flatten
 from nostalgia.training.loop import PhaseState
 
-# What a resumed run may change: nothing of it changes what is computed (but for rounding).
-FREE = (
-    "logger.", "experiment.name", "experiment.output_dir", "dataset.root", "dataset.num_workers", "dataset.download",
-    "dataset.batch_size", "train.gradient_accumulation_steps", "train.devices", "train.accelerator",
-    "train.log_every_n_steps", "train.timeout_minutes", "train.heartbeat_seconds", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.on_checkpoint_failure", "train.detect_anomaly", "nostalgia.basis_placement",
-    "nostalgia.basis_memory_gb", "nostalgia.retain_graph", "nostalgia.guard_every_n_steps",
-    "nostalgia.checkpoint_every_n_products",
-)  # fmt: skip
 _lock: Any = None  # the open file: held as long as the process lives
 
 
@@ -46,7 +38,6 @@ class Resumed:
     log_position: dict[str, int] = field(default_factory=dict)
     random_state: dict[str, Any] | None = None  # this rank's
     phase: PhaseState | None = None
-    solve: LanczosState | None = None
 
 
 def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed | None]:
@@ -146,7 +137,14 @@ def _compare(config: Config, saved: dict[str, Any], override: bool) -> None:
     """Raise UsageError naming what differs from the run's configuration and would change its result."""
     mine = flatten(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))  # type: ignore[arg-type]
     theirs = flatten(saved)
-    keys = [key for key in sorted(mine | theirs) if not key.startswith(FREE)]
+    if "nostalgia" in saved:
+        raise UsageError(
+            "--resume: this run was begun by an earlier version, with which it must be ended; report, figures and evaluate "
+            "still read it"
+        )
+    options = method_class(config.method["name"]).Config.__dataclass_fields__.items()
+    free = free_keys() | {f"method.{name}" for name, item in options if item.metadata.get("free")}
+    keys = [key for key in sorted(mine | theirs) if key not in free]
     changed = [f"{key} was {theirs.get(key)}, is {mine.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
     if changed and not override:
         raise UsageError(

@@ -1,9 +1,8 @@
-"""What a checkpoint of a run holds, and taking a run up from it."""
+"""What a checkpoint of a run holds, and restoring a run from it."""
 
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,156 +11,145 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from nostalgia.checkpoint.blocks import load_block, save_block
-from nostalgia.checkpoint.store import BLOCKS, EIGENSOLVE, Contents, understood
+from nostalgia.checkpoint.codec import StateCodec
+from nostalgia.checkpoint.store import Contents, understood
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.curvature_phase import CurvaturePhase
+from nostalgia.experiment.analysis import Analysis
+from nostalgia.experiment.components import Components, versions
 from nostalgia.experiment.heads import empty_heads
 from nostalgia.experiment.resume import Resumed
-from nostalgia.experiment.setup import Parts, versions
 from nostalgia.experiment.state import RunState
-from nostalgia.linalg.krylov import LanczosState
 from nostalgia.models import norm_statistics
+from nostalgia.models.adapters import merged_weights
+from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
 from nostalgia.training.loop import PhaseState, Training
-from nostalgia.training.task_model import TaskModel
 
-_SOLVE_VECTORS = ("basis", "parked")
+FORMAT = 2  # of a checkpoint's state
 
 
 class Snapshot:
-    """Takes a run's parts apart into files' contents, and puts them together again.
+    """Takes a run's state apart into files' contents, and puts it together again.
 
-    Of the backbone only what training changes is kept: the rest is built anew from the same weights, which
-    ``initial``'s checksum makes sure of.
+    Of the backbone only what changes is kept: the rest is built anew from the same weights, which ``initial``'s
+    checksum makes sure of.
     """
 
-    def __init__(self, parts: Parts, curvature: CurvaturePhase, initial: Mapping[str, Tensor]) -> None:
-        self.parts, self.curvature = parts, curvature
-        self.trained = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
+    def __init__(self, run: Components, analysis: Analysis, initial: Mapping[str, Tensor], folder: Path) -> None:
+        self.run, self.analysis, self.codec = run, analysis, StateCodec(folder)
+        self.changing = {name for name, p in run.backbone.named_parameters() if p.requires_grad}
+        if run.method.restarts_adapters or run.config.model.lora.merge == "task":
+            self.changing |= set(merged_weights(run.backbone))
         self.initial = _fingerprint(initial) if tensors.is_main() else ""
+        self.method_state: Any = None  # of a resumed run: to be given once more when its task has begun
         self.fixed = {
-            "tasks": [[t.name, t.classes] for t in parts.tasks],
+            "format": FORMAT,
+            "tasks": [[t.name, t.classes] for t in run.tasks],
             "initial": self.initial,
-            "global_batch": self._global_batch(),
-            "strategy": strategy(parts.accelerator),
+            "global_batch": run.global_batch_size,
+            "strategy": strategy(run.accelerator),
             "versions": versions(),
-            "config": OmegaConf.to_container(OmegaConf.structured(parts.config), resolve=True),
+            "config": OmegaConf.to_container(OmegaConf.structured(run.config), resolve=True),
         }
 
     def take(self, kind: str, state: RunState, training: Training | None, log: dict[str, int]) -> Contents:
         """The contents of a checkpoint at this moment; a collective, empty of tensors on ranks other than 0."""
-        parts = self.parts
-        backbone: nn.Module = parts.backbone
+        run = self.run
+        backbone: nn.Module = run.backbone
         if training is not None and state.stage != "baseline":  # which trains a head on a copy
             backbone = cast(TaskModel, inner_module(training.wrapped)).backbone
-        values = tensors.to_main(self._trained(backbone))
         phase = None if training is None else training.capture()
         # Between phases they are those the last task ended with, whichever an evaluation under way has put in.
-        between = training is None and len(parts.norm_statistics) > 0
-        own = parts.norm_statistics[-1] if between else norm_statistics.capture(backbone)
-        ranks = tensors.gather_objects({**capture_random_state(parts.view.device), "norm": own})
-        solve, references = self._take_solve(values)
+        between = training is None and len(run.norm_statistics) > 0
+        own = run.norm_statistics[-1] if between else norm_statistics.capture(backbone)
+        ranks = tensors.gather_objects({**capture_random_state(run.view.device), "norm": own})
+        method = self.codec.encode(run.method.state_dict(), "method", f"method={run.method.name}")
+        analysis = self.codec.encode(self.analysis.state(), "analysis", "analysis")
         label = f"task{state.round}_{state.stage}" if kind != "end_of_task" else f"task{state.round - 1}_{kind}"
+        values = tensors.to_main(self._kept(backbone))
         if not tensors.is_main():
             return Contents(label, kind, {}, {})
-        values.update(
-            {f"heads/{i}/{k}": v.cpu().clone() for i, h in enumerate(parts.heads) for k, v in h.state_dict().items()}
-        )
-        values.update({f"norm/{i}/{k}": v for i, s in enumerate(parts.norm_statistics) for k, v in s.items()})
+        values.update(_named("heads", {name: head.state_dict() for name, head in run.heads.items()}))
+        values.update(_named("norm", {str(i): s for i, s in enumerate(run.norm_statistics)}))
         values.update({f"phase/{k}": v for k, v in phase.tensors.items()} if phase is not None else {})
+        values.update({**method.values, **analysis.values})
         rest = [_split_tensors(rank, f"ranks/{i}", values) for i, rank in enumerate(ranks)]
         content = {
             "run": state.to_json(),
             "phase": None if phase is None else phase.position,
-            "solve": solve,
-            "heads": len(parts.heads),
-            "curvature": self.curvature.state(),
+            "method": method.plain,
+            "analysis": analysis.plain,
             "log": log,
             "ranks": rest,
             **self.fixed,
         }
         # A tensor may stand under two names (the statistics of jointly trained tasks); in a file it is its own.
         values = {name: value.contiguous().clone() for name, value in values.items()}
-        return Contents(label, kind, content, values, {**self.curvature.references, **references})
+        return Contents(label, kind, content, values, {**method.references, **analysis.references})
 
     def restore(self, resumed: Resumed) -> RunState:
-        """Put ``resumed`` into the run's parts; a collective. The phase in progress is left to its owner.
+        """Put ``resumed`` into the run's components; a collective. The phase in progress is left to its owner.
 
         Raises NotFoundError for a checkpoint that is whole but not one of this run, or of no run.
         """
         with understood(resumed.source):
             return self._restore(resumed)
 
-    def _restore(self, resumed: Resumed) -> RunState:
-        parts, saved = self.parts, resumed.state
-        assert saved is not None
-        self._check_same_run(saved, resumed.source)
-        values, source = resumed.values, resumed.source
-        tensors.from_main(self._trained(parts.backbone), values, source)
-        ranks = tensors.broadcast_object([_join_tensors(r, f"ranks/{i}", values) for i, r in enumerate(saved["ranks"])])
-        rank, count = parts.accelerator.process_index, len(ranks)
-        norm_statistics.apply(parts.backbone, ranks[rank % count]["norm"])
-        resumed.random_state = ranks[rank] if rank < count else None
-        own = norm_statistics.capture(parts.backbone)
-        parts.heads.extend(empty_heads(parts, saved["heads"]))
-        for i, head in enumerate(parts.heads):
-            statistics = {key: value.clone() for key, value in own.items()}
-            targets = {f"heads/{i}/{key}": value for key, value in head.state_dict().items()}
-            targets.update({f"norm/{i}/{key}": value for key, value in statistics.items()})
-            tensors.from_main(targets, values, source)
-            parts.norm_statistics.append(statistics)
-        references = {name: digest for name, digest in resumed.references.items() if EIGENSOLVE not in name}
-        self.curvature.restore(saved["curvature"], references)
-        if saved["phase"] is not None:
-            resumed.phase = PhaseState(saved["phase"], _below("phase", values))
-        if saved["solve"] is not None:
-            if saved["solve"]["file"] not in resumed.references:
-                raise ValueError("an eigensolve's file that is not one of its own")
-            resumed.solve = self._restore_solve(saved["solve"], values, resumed.run_dir)
-        return RunState.from_json(saved["run"])
-
     def restore_random_state(self, resumed: Resumed) -> None:
         if resumed.random_state is not None:
-            restore_random_state(resumed.random_state, self.parts.view.device)
+            restore_random_state(resumed.random_state, self.run.view.device)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _trained(self, backbone: nn.Module) -> dict[str, Tensor]:
+    def _restore(self, resumed: Resumed) -> RunState:
+        run, saved = self.run, resumed.state
+        assert saved is not None
+        self._check_same_run(saved, resumed.source)
+        values, source = resumed.values, resumed.source
+        state = RunState.from_json(saved["run"])
+        tensors.from_main(self._kept(run.backbone), values, source)
+        ranks = tensors.broadcast_object([_join_tensors(r, f"ranks/{i}", values) for i, r in enumerate(saved["ranks"])])
+        rank, count = run.accelerator.process_index, len(ranks)
+        norm_statistics.apply(run.backbone, ranks[rank % count]["norm"])
+        resumed.random_state = ranks[rank] if rank < count else None
+        run.heads.update(empty_heads(run, state.tasks))
+        own = norm_statistics.capture(run.backbone)
+        run.norm_statistics += [{k: v.clone() for k, v in own.items()} for _ in range(state.tasks)]
+        targets = _named("heads", {name: head.state_dict() for name, head in run.heads.items()})
+        targets.update(_named("norm", {str(i): s for i, s in enumerate(run.norm_statistics)}))
+        tensors.from_main(targets, values, source)
+        self.analysis.load_state(self._decode(saved["analysis"], resumed))
+        self.method_state = self._decode(saved["method"], resumed)
+        self.load_method(source)
+        if saved["phase"] is not None:
+            resumed.phase = PhaseState(saved["phase"], _below("phase", values))
+        return state
+
+    def load_method(self, source: str) -> None:
+        """Give the method its state; raises NotFoundError naming it where the state is not one of its own."""
+        name = self.run.method.name
+        with understood(f"{source}, method={name}"):
+            self.run.method.load_state_dict(self.method_state)
+
+    def _decode(self, plain: Any, resumed: Resumed) -> Any:
+        run = self.run
+        return self.codec.decode(plain, resumed.values, resumed.references, run.space, run.view.device)
+
+    def _kept(self, backbone: nn.Module) -> dict[str, Tensor]:
         parameters = named_parameters(backbone)
-        return {f"backbone/{name}": parameters[name].detach() for name in self.trained}
-
-    def _global_batch(self) -> int:
-        config = self.parts.config
-        per_device = config.dataset.batch_size * config.train.gradient_accumulation_steps
-        return per_device * self.parts.accelerator.num_processes
-
-    def _take_solve(self, values: dict[str, Tensor]) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """An eigensolve in progress: its vectors into a file of their own, what is small into ``values``."""
-        if self.curvature.solve is None:
-            return None, {}
-        solve, space = self.curvature.solve.clone(), self.parts.space
-        name = f"checkpoints/{BLOCKS}/{EIGENSOLVE}{secrets.token_hex(4)}.safetensors"  # never one in use
-        digest = save_block(self.curvature.folder / name, torch.cat([solve.basis, solve.parked]), space)
-        rest = {key: value for key, value in vars(solve).items() if key not in _SOLVE_VECTORS}
-        small: dict[str, Tensor] = {}
-        plain = _split_tensors(rest, "solve", small)
-        if tensors.is_main():
-            values.update(small)
-        return {"file": name, "basis": len(solve.basis), **plain}, {name: digest}
-
-    def _restore_solve(self, saved: dict[str, Any], values: Mapping[str, Tensor], run_dir: Path) -> LanczosState:
-        block = load_block(run_dir / saved.pop("file"), self.parts.space)
-        rows = saved.pop("basis")
-        small = tensors.broadcast_object(_join_tensors(saved, "solve", values))
-        return LanczosState(basis=block[:rows], parked=block[rows:].clone(), **small)
+        return {f"backbone/{name}": p.detach() for name, p in parameters.items() if name in self.changing}
 
     def _check_same_run(self, saved: dict[str, Any], source: str) -> None:
         """Raise NotFoundError where data or pretrained weights are not those the run began with."""
-        for task, (name, classes) in zip(self.parts.tasks, saved["tasks"], strict=False):
+        if saved.get("format") != FORMAT:
+            raise NotFoundError(
+                f"{source}: written by another version of this program, whose runs this one does not go on with; begin a "
+                "new run (report, figures and evaluate still read the old one)"
+            )
+        for task, (name, classes) in zip(self.run.tasks, saved["tasks"], strict=False):
             if task.name != name or list(task.classes) != list(classes):
                 raise NotFoundError(
                     f"{source}: {task.name} has {len(task.classes)} classes that are not those of {name} when the run "
@@ -172,6 +160,11 @@ class Snapshot:
                 f"{source}: the backbone's first weights are not those the run began with (other pretrained weights, "
                 "or another version of a library); put them back, or begin a new run"
             )
+
+
+def _named(prefix: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """``prefix/group/key`` of every tensor of ``groups``."""
+    return {f"{prefix}/{group}/{key}": value for group, values in groups.items() for key, value in values.items()}
 
 
 def _split_tensors(value: Any, prefix: str, found: dict[str, Tensor]) -> Any:

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # What happens in a round, one task or (joint training) all of them together. A method skips what it does not need.
-STAGES = ("baseline", "warmup", "train", "evaluate", "curvature")
+STAGES = ("baseline", "warmup", "train", "end", "evaluate")
+
+Matrix = list[list[float | None]]
 
 
 @dataclass
@@ -16,11 +18,16 @@ class RunState:
     round: int = 1  # counts from 1; one beyond the last when the run is complete
     stage: str = STAGES[0]
     step: int = 0
-    matrix: list[list[float | None]] = field(default_factory=list)
+    tasks: int = 0  # that have been trained
+    matrix: Matrix = field(default_factory=list)
+    class_incremental: Matrix = field(default_factory=list)
     before: list[float | None] = field(default_factory=list)
     baseline: list[float | None] = field(default_factory=list)
-    leak: float | None = None  # at the end of the latest epoch
+    metrics: dict[str, float] = field(default_factory=dict)  # of the method, at the end of the latest epoch
     seconds: list[float] = field(default_factory=list)  # of each finished round
+    training_overhead: float = 0.0  # seconds that the method added to steps
+    between_overhead: float = 0.0  # seconds of the method at the beginning and end of tasks
+    memory_bytes: int = 0  # the most that the method remembered at the end of a task
     elapsed: float = 0.0  # seconds of former parts of the run
     round_elapsed: float = 0.0  # seconds of this round by former parts of the run
 

@@ -257,7 +257,7 @@ class Krylov:
                 raise RunFailedError(
                     f"product {s.products} of the eigensolve is not finite: the loss or its second "
                     "derivative overflows at these parameters; see whether the loss is finite, and try "
-                    "nostalgia.precision=float64"
+                    "curvature.precision=float64"
                 )
             if is_product and step == 0:
                 s.scale = max(s.scale, length)

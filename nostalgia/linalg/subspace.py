@@ -18,6 +18,8 @@ from nostalgia.linalg.vector_space import VectorSpace
 RESIDUAL_TOL = 1e-3
 # An eigenvalue below this share of the largest is noise.
 EIGENVALUE_TOL = 1e-6
+# An eigenvalue below this share of the largest is lost in float64's roundings.
+ROUNDING_TOL = 1e-13
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ def polish_(basis: Tensor, space: VectorSpace) -> Tensor:
 def merge_union(spaces: Sequence[tuple[Tensor, Tensor]], k_max: int, space: VectorSpace) -> Merged:
     """Span of all (Q_t (m_t, L), lambda_t (m_t,)), as eigenpairs of sum_t Q_t^T diag(lambda_t) Q_t within it.
 
-    At most ``k_max`` rows: the least eigenvalues are dropped first. Only positive eigenvalues count.
+    At most ``k_max`` rows: the least eigenvalues are dropped first. Only positive eigenvalues count. Noise is told from
+    within each space alone: a task that is fitted well keeps its directions beside one that curves a million times more.
     """
     weights = [values.double().cpu() for _, values in spaces]
-    return _merge([basis for basis, _ in spaces], weights, k_max, space)
+    return _merge([basis for basis, _ in spaces], weights, k_max, space, apart=True)
 
 
 @torch.no_grad()
@@ -79,7 +82,21 @@ def merge_average(
     The thin SVD of F, whose rows are q_i scaled by the root of their weighted eigenvalue, by its small Gram
     matrix; never a P x P matrix. Only positive eigenvalues count.
     """
-    weights = [(tasks - 1) / tasks * old_values.double().cpu(), values.double().cpu() / tasks]
+    return merge_weighted(old_basis, old_values, basis, values, 1 / tasks, k, space)
+
+
+@torch.no_grad()
+def merge_weighted(
+    old_basis: Tensor,  # (m, L)
+    old_values: Tensor,  # (m,)
+    basis: Tensor,  # (n, L)
+    values: Tensor,  # (n,)
+    share: float,
+    k: int,
+    space: VectorSpace,
+) -> Merged:
+    """(1 - share) of the old matrix and ``share`` of the new one at rank ``k``, as `merge_average` computes it."""
+    weights = [(1 - share) * old_values.double().cpu(), share * values.double().cpu()]
     return _merge([old_basis, basis], weights, k, space)
 
 
@@ -102,15 +119,19 @@ def principal_angles(first: Tensor, second: Tensor, space: VectorSpace) -> Tenso
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
 
 
-def _merge(blocks: list[Tensor], weights: list[Tensor], budget: int, space: VectorSpace) -> Merged:
+def _merge(
+    blocks: list[Tensor], weights: list[Tensor], budget: int, space: VectorSpace, *, apart: bool = False
+) -> Merged:
     """Eigenpairs of sum_i w_i q_i q_i^T over the blocks' unit rows q_i with w_i > 0, at most ``budget``.
 
-    Noise goes first: rows of weight under EIGENVALUE_TOL of the largest, then rows within RESIDUAL_TOL of the
-    span of the heavier ones (what of them lies in that span keeps its weight).
+    Noise goes first: rows of weight under EIGENVALUE_TOL of the largest (with ``apart``: of float64's roundings alone;
+    what is noise within a block has been told when it was solved), then rows within RESIDUAL_TOL of the span of the
+    heavier ones (what of them lies in that span keeps its weight).
     """
+    tolerance = ROUNDING_TOL if apart else EIGENVALUE_TOL
     weight = torch.cat([torch.zeros(0, dtype=torch.float64), *weights])
     order = weight.argsort(descending=True)
-    order = order[weight[order] > EIGENVALUE_TOL * weight.max().clamp_min(0.0)] if len(order) else order
+    order = order[weight[order] > tolerance * weight.max().clamp_min(0.0)] if len(order) else order
     if len(order) == 0:
         none = torch.zeros(0, dtype=torch.float64)
         return Merged(space.zeros(0), none, none)
@@ -119,7 +140,7 @@ def _merge(blocks: list[Tensor], weights: list[Tensor], budget: int, space: Vect
     inside = coefficients @ gram  # (r, m): the rows in coordinates of that basis
     values, vectors = torch.linalg.eigh((inside * weight[order]) @ inside.T)
     values, vectors = values.flip(0), vectors.flip(1)
-    values = values[values > EIGENVALUE_TOL * values[0]]
+    values = values[values > tolerance * values[0]]
     kept = values[:budget]
     chosen = torch.zeros(len(kept), len(weight), dtype=torch.float64)
     chosen[:, order] = vectors[:, : len(kept)].T @ coefficients

@@ -19,8 +19,16 @@ from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.models.objective import Objective, Output
 
 
-def _no_pause(what: str, done: int, of: int) -> None:
+def _no_pause(work: int, done: int, of: int) -> None:
     """A place to stop that never stops."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a method will keep at most between tasks."""
+
+    bytes: int = 0  # over all ranks
+    text: str = ""  # for the run's start panel: "at most 128 x 111k numbers, replicated"
 
 
 @dataclass
@@ -49,9 +57,15 @@ class TaskContext:
     images, not augmented. A collective."""
     loader: Callable[[Sequence[Exemplar]], ExemplarLoader]
     """``loader(exemplars)``: training batches of stored (task, index) pairs; their heads must be in the model."""
-    pause: Callable[[str, int, int], None] = _no_pause
-    """``pause(what, done, of)``: reports progress, and lets a run that was asked to stop do so, with a checkpoint of the
-    method's state. All ranks call it together."""
+    augmented: bool = True  # whether training images differ from epoch to epoch
+    pause: Callable[[int, int, int], None] = _no_pause
+    """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and
+    lets a run that was asked to stop do so, with a checkpoint of the method's state. All ranks call it together."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method without any."""
 
 
 class Method:
@@ -98,9 +112,8 @@ class Method:
     """Grid over which a comparison searches `strength_option`."""
     strength_option: ClassVar[str] = "strength"
 
-    @dataclass(frozen=True)
-    class Config:
-        """The options under ``method.``; fields are made by `nostalgia.options.option`."""
+    Config: ClassVar[type[Any]] = NoOptions
+    """A frozen dataclass of the options under ``method.``; its fields are made by `nostalgia.options.option`."""
 
     def __init__(self, config: Any, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -153,9 +166,21 @@ class Method:
         if state:
             raise ValueError(f"{type(self).__name__} has no load_state_dict for {', '.join(state)}")
 
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        """What `bytes_remembered` may come to, for parameters ``space`` in scope; all ranks ask together."""
+        return MemoryPlan()
+
+    def replicated_tensors(self) -> dict[str, Any]:
+        """Tensors by name that must be bitwise the same on all ranks: what the run's guard compares."""
+        return {}
+
     def eigenpairs(self) -> Eigenpairs | None:
         """Eigenpairs of the curvature of the task that has just ended, for analysis; None where none were computed."""
         return None
+
+    def report(self) -> dict[str, Any]:
+        """Plain values on what is remembered, for ``curvature/task<i>.json``; a collective, after `end_task`."""
+        return {}
 
     def note(self) -> str:
         """One line on what the end of the task did, for the console; empty for none."""

@@ -2,7 +2,7 @@
 
 from nostalgia.models.adapters import attach_lora
 from nostalgia.models.backbone import Backbone
-from nostalgia.models.backbones import build_backbone, has_adapters, projected_parameters
+from nostalgia.models.backbones import build_backbone, has_adapters, scope_parameters
 from nostalgia.models.heads import expand_head, load_heads, make_head, save_heads
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "has_adapters",
     "load_heads",
     "make_head",
-    "projected_parameters",
     "save_heads",
+    "scope_parameters",
 ]

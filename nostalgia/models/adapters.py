@@ -9,7 +9,9 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -116,6 +118,31 @@ def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) ->
     if not targets:
         raise UsageError(f"model.lora.target_modules is empty; layers of {backbone.source}: {_summary(plain)}")
     return [name for name in called if name in targets]
+
+
+@torch.no_grad()
+def restart_adapters(backbone: Backbone, seed: int | None) -> None:
+    """Add every adapter into the weight of its layer, in place, and begin it anew with B = 0: the same function.
+
+    A stays as it is where ``seed`` is None, and is else drawn anew as at attachment.
+    """
+    for layer in _adapted_layers(backbone).values():
+        layer.get_base_layer().weight += layer.get_delta_weight("default")
+    with seeded(0 if seed is None else seed):
+        for layer in _adapted_layers(backbone).values():
+            if seed is not None:
+                layer.reset_lora_parameters("default", True)
+            layer.lora_B["default"].weight.zero_()
+
+
+def merged_weights(backbone: Backbone) -> list[str]:
+    """Names within the backbone of the weights that `restart_adapters` changes."""
+    return [f"model.{name}.base_layer.weight" for name in _adapted_layers(backbone)]
+
+
+def _adapted_layers(backbone: Backbone) -> dict[str, Any]:
+    """Adapted layers by name within ``backbone.model``."""
+    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def merged(backbone: Backbone) -> Backbone:

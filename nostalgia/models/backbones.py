@@ -55,7 +55,7 @@ def has_adapters(backbone: nn.Module) -> bool:
     return any(ADAPTER_MARK in name for name, _ in backbone.named_parameters())
 
 
-def projected_parameters(backbone: nn.Module, which: str = "auto") -> dict[str, nn.Parameter]:
+def scope_parameters(backbone: nn.Module, which: str = "auto") -> dict[str, nn.Parameter]:
     """The parameters that the method protects, by their name in ``backbone``, in the module's order.
 
     ``lora-only``: the adapters; ``backbone``: everything trainable in the backbone; ``auto``: the adapters
@@ -64,13 +64,11 @@ def projected_parameters(backbone: nn.Module, which: str = "auto") -> dict[str, 
     trainable.
     """
     if which not in ("auto", "backbone", "lora-only"):
-        raise UsageError(f"nostalgia.project_params={which}: auto, backbone and lora-only are allowed")
+        raise UsageError(f"model.scope={which}: auto, backbone and lora-only are allowed")
     adapters = has_adapters(backbone)
     if which == "lora-only" and not adapters:
         raise UsageError(
-            "nostalgia.project_params=lora-only, but the backbone has no adapters: set model.use_lora=true, "
-            "or "
-            "nostalgia.project_params=backbone"
+            "model.scope=lora-only, but the backbone has no adapters: set model.use_lora=true, or model.scope=backbone"
         )
     only_adapters = which == "lora-only" or (which == "auto" and adapters)
     paused: frozenset[str] = getattr(backbone, "paused", frozenset())

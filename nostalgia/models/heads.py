@@ -49,6 +49,19 @@ def expand_head(head: nn.Linear, num_classes: int, seed: int) -> nn.Linear:
     return grown.requires_grad_(head.weight.requires_grad)
 
 
+def copy_head(head: nn.Module) -> dict[str, Tensor]:
+    """Copies of a head's weight (C, D) and bias (C,)."""
+    return {name: value.detach().clone() for name, value in head.state_dict().items()}
+
+
+def head_with(values: Mapping[str, Tensor]) -> nn.Linear:
+    """A frozen head with the weight (C, D) and bias (C,) that `copy_head` gave."""
+    weight = values["weight"]
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    head.load_state_dict(dict(values))
+    return head.requires_grad_(False)
+
+
 def save_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
     """Write ``<name>.weight`` (C, D) and ``<name>.bias`` (C,) of every head to one safetensors file."""
     tensors = {

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs
-from nostalgia.linalg.subspace import merge_average, merge_union
+from nostalgia.linalg.subspace import EIGENVALUE_TOL, merge_average, merge_union, merge_weighted
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.projection.placement import PLACEMENTS, BasisPlacement, place_basis
 
-MERGES = ("union", "average")
+MERGES = ("union", "average", "ema")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class CurvatureMemory:
     """Top eigenspaces of finished tasks, merged under a rank budget.
 
     ``merge="union"`` keeps the span of all tasks' eigenvectors, at most ``k_max`` of them (default 4 k);
-    ``"average"`` keeps the running mean Hessian at rank ``k``. ``basis`` is (m, P_local) in ``dtype``, in ``space``:
+    ``"average"`` keeps the running mean Hessian at rank ``k``, ``"ema"`` the moving mean (1 - eta) H + eta H_t with
+    ``ema_share`` eta. ``basis`` is (m, P_local) in ``dtype``, in ``space``:
     the solver's own slices with ``placement="sharded"``, the whole vectors on every rank with ``"replicated"``.
     ``auto`` replicates where the fullest basis fits in ``budget_bytes`` (projection then needs no collective of size
     P); shards of FSDP2 are never replicated.
@@ -48,6 +49,7 @@ class CurvatureMemory:
         placement: str = "auto",
         dtype: torch.dtype | None = None,
         budget_bytes: float | None = None,
+        ema_share: float = 0.5,
     ) -> None:
         if k < 1:
             raise UsageError(f"k={k}: the memory needs at least one direction a task (k >= 1)")
@@ -59,6 +61,7 @@ class CurvatureMemory:
         if self.k_max < k:
             raise UsageError(f"k_max={self.k_max} is below k={k}; the memory must hold at least one task's directions")
         self.placement, self.dtype, self.budget_bytes = placement, dtype, budget_bytes
+        self.ema_share = ema_share
         self._placed: tuple[VectorSpace, BasisPlacement] | None = None
         self.tasks = 0
         self.space: VectorSpace | None = None
@@ -84,10 +87,11 @@ class CurvatureMemory:
 
     @torch.no_grad()
     def update(self, eigenpairs: Eigenpairs) -> MemoryUpdate:
-        """Merge a finished task's eigenpairs: the converged ones with a positive eigenvalue."""
+        """Merge a finished task's eigenpairs: the converged ones with an eigenvalue above the noise of their own solve."""
         self.tasks += 1
         space = eigenpairs.space
-        keep = eigenpairs.converged.cpu() & (eigenpairs.eigenvalues.cpu() > 0)
+        noise = EIGENVALUE_TOL * eigenpairs.eigenvalues.cpu().amax().clamp_min(0.0)
+        keep = eigenpairs.converged.cpu() & (eigenpairs.eigenvalues.cpu() > noise)
         values = eigenpairs.eigenvalues.cpu()[keep]
         vectors = eigenpairs.eigenvectors[keep.to(eigenpairs.eigenvectors.device)]
         previous = self._in_space(space)
@@ -95,7 +99,11 @@ class CurvatureMemory:
             merged = merge_union([*previous, (vectors, values)], self.k_max, space)
         else:
             old_basis, old_values = previous[0] if previous else (space.zeros(0), torch.zeros(0, dtype=torch.float64))
-            merged = merge_average(old_basis, old_values, vectors, values, self.tasks, self.k, space)
+            if self.merge == "average":
+                merged = merge_average(old_basis, old_values, vectors, values, self.tasks, self.k, space)
+            else:
+                share = self.ema_share if previous else 1.0
+                merged = merge_weighted(old_basis, old_values, vectors, values, share, self.k, space)
         self._store(merged.basis, merged.eigenvalues, space)
         dropped = merged.dropped_eigenvalues
         return MemoryUpdate(

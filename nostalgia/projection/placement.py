@@ -45,12 +45,12 @@ def place_basis(
     if space.placement == "sharded":
         if placement == "replicated":
             raise UsageError(
-                "nostalgia.basis_placement=replicated: under FSDP2 the basis is sharded as the parameters are; "
+                "method.basis_placement=replicated: under FSDP2 the basis is sharded as the parameters are; "
                 "use auto or sharded"
             )
         return BasisPlacement("sharded", "as FSDP2 shards the parameters")
     if placement != "auto":
-        return BasisPlacement(placement, "by nostalgia.basis_placement")
+        return BasisPlacement(placement, "by method.basis_placement")
     whole = columns * space.size * itemsize
     budget = default_budget(space.device) if budget_bytes is None else budget_bytes
     votes = space.all_reduce(torch.tensor([float(whole <= budget)], dtype=torch.float64, device=space.device))

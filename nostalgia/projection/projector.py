@@ -75,6 +75,28 @@ class GradientProjector:
         return (coefficients @ solved) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     @torch.no_grad()
+    def project_soft(self) -> Tensor | None:
+        """Shrink the gradients by curvature in place: g <- g - Q^T diag(l_i / (median(l) + l_i)) Q g.
+
+        Returns the fraction 1 - |g_after|^2 / |g|^2 that was removed (0-dim tensor), None without a memory.
+        """
+        if not self.active:
+            return None
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters]
+        g = self._take(gradients)
+        coefficients, norms = self._coefficients(g)
+        values = self.memory.eigenvalues.to(coefficients.device)
+        shrink = values / (values.median() + values)
+        solved = self._solve_gram(coefficients)
+        self._subtract(g, shrink * solved)
+        self._space.put(g, gradients)
+        removed = (coefficients * solved * shrink * (2 - shrink)).sum()
+        return removed / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+    @torch.no_grad()
     def constrain_step(self, optimizer: Optimizer) -> None:
         """``optimizer.step()``, corrected in the optimizer's own metric so that it stays in the complement.
 

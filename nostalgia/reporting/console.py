@@ -60,8 +60,8 @@ class RunInfo:
     model: str
     total_parameters: int
     trainable_parameters: int  # of the backbone; heads come on top
-    projected_parameters: int
-    projected: str  # "backbone", "lora-only", or "" where the method projects nothing
+    scope_parameters: int
+    scope: str  # what methods protect: "backbone" or "lora-only"
     devices: str  # "2 x cpu", "8 x NVIDIA H100"
     strategy: str  # single, ddp, fsdp2
     precision: str
@@ -71,9 +71,8 @@ class RunInfo:
     epochs: Sequence[int]  # of each task
     run_dir: Path
     suite: str | None = None
-    basis_columns: int = 0  # at most, over the run
-    basis_bytes: int = 0
-    basis_placement: str = ""  # replicated or sharded, and why
+    memory_bytes: int = 0  # that the method remembers between tasks, at most, over all ranks
+    memory: str = ""  # in words
 
 
 def start_panel(info: RunInfo) -> Panel:
@@ -85,11 +84,8 @@ def start_panel(info: RunInfo) -> Panel:
     grid.add_row("", _parameter_text(info))
     grid.add_row("devices", f"{info.devices}, {info.strategy}, precision {info.precision}")
     grid.add_row("batch", _batch_text(info))
-    if info.basis_columns:
-        size = f"at most {info.basis_columns} x {count(info.projected_parameters)}"
-        grid.add_row("basis", f"{size}: {num_bytes(info.basis_bytes)} per rank")
-        if info.basis_placement:
-            grid.add_row("", info.basis_placement)
+    if info.memory_bytes:
+        grid.add_row("memory", f"{info.memory}: {num_bytes(info.memory_bytes)} over all ranks")
     grid.add_row("epochs", _epochs_text(info.epochs))
     grid.add_row("folder", Text(str(info.run_dir), overflow="fold"))
     outer = Table.grid(expand=False)
@@ -254,9 +250,7 @@ def _task_table(tasks: Sequence[TaskInfo]) -> Table:
 
 def _parameter_text(info: RunInfo) -> str:
     trained = f"{count(info.trainable_parameters)} trained"
-    if not info.projected:
-        return f"{trained}, none projected"
-    return f"{trained}, {count(info.projected_parameters)} projected ({info.projected})"
+    return f"{trained}, {count(info.scope_parameters)} in the method's scope ({info.scope})"
 
 
 def _batch_text(info: RunInfo) -> str:

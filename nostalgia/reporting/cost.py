@@ -11,7 +11,7 @@ from rich import box
 from rich.panel import Panel
 from rich.table import Table
 
-from nostalgia.reporting.console import count, num_bytes
+from nostalgia.reporting.console import num_bytes
 from nostalgia.reporting.progress import duration
 from nostalgia.reporting.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ class TaskLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A full run, as far as its cost goes. Bytes of the basis are per rank."""
+    """A full run, as far as its cost goes."""
 
     tasks: Sequence[TaskLoad]
     joint: bool
@@ -40,9 +40,8 @@ class Workload:
     num_samples: int  # of a task's images, at most, that its curvature is taken over
     trained_parameters: int  # backbone and heads
     optimizer_states: int  # numbers the optimizer keeps for each parameter: 2 for AdamW
-    projected_parameters: int
-    basis_columns: int  # at most
-    basis_bytes: int
+    memory_bytes: int  # that the method remembers, at most, over all ranks
+    memory: str  # in words
     devices: str
 
 
@@ -135,11 +134,10 @@ def cost_panel(work: Workload, cost: Cost) -> Panel:
         most = "" if cost.curvature_seconds is None else "at most "
         grid.add_row("curvature", f"{most}{_time(cost.curvature_seconds)}: {solves}")
     grid.add_row("together", f"{_time(cost.seconds)} on {work.devices}, without start and figures")
-    if work.basis_columns:
-        size = f"at most {work.basis_columns} x {count(work.projected_parameters)}"
-        grid.add_row("basis", f"{size}: {num_bytes(work.basis_bytes)} per rank")
-    basis = "; the basis once a task beside it" if work.basis_columns else ""
-    grid.add_row("checkpoint", f"{num_bytes(cost.checkpoint_bytes)} each{basis}")
+    if work.memory_bytes:
+        grid.add_row("memory", f"{work.memory}: {num_bytes(work.memory_bytes)} over all ranks")
+    memory = "; what the method remembers once a task beside it" if work.memory_bytes else ""
+    grid.add_row("checkpoint", f"{num_bytes(cost.checkpoint_bytes)} each{memory}")
     title = "the full run, by what this one measured"
     return Panel(grid, title=title, title_align="left", expand=False, box=box.ROUNDED)
 

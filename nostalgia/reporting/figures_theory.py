@@ -25,7 +25,7 @@ def forgetting_prediction(groups: Mapping[str, Sequence[Record]], title: str = "
     """
     points = {name: _columns(rows) for name, rows in groups.items() if rows}
     if not points:
-        raise ValueError("no later task was measured against a prediction (nostalgia.predict_forgetting)")
+        raise ValueError("no later task was measured against a prediction (analysis.predict_forgetting)")
     everything = np.concatenate(list(points.values()))  # (n, 3): predicted, measured, bound
     with style():
         figure = new_figure(8.8, 3.7)

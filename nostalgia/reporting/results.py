@@ -35,6 +35,9 @@ class RunResults:
     world_size: int
     seconds: float
     versions: dict[str, str] = field(default_factory=dict)  # of the packages the numbers depend on
+    class_incremental: dict[str, Any] | None = None  # accuracy_matrix, acc, bwt, forgetting, learning_accuracy
+    memory_bytes: int | None = None  # what the method remembers between tasks, network excluded, over all ranks
+    overhead_seconds: dict[str, float] | None = None  # that the method added: training, between_tasks
     before_accuracies: list[float | None] | None = None  # what fwt is computed from, (T,)
     baseline_accuracies: list[float | None] | None = None
     details: dict[str, Any] = field(default_factory=dict)  # suite, model, seconds of each task, ...
@@ -46,20 +49,25 @@ class RunResults:
         tasks: Sequence[str],
         classes: Sequence[Sequence[str]],
         accuracy_matrix: transfer.Matrix,
+        class_incremental_matrix: transfer.Matrix | None = None,
         before_accuracies: transfer.Row | None = None,
         baseline_accuracies: transfer.Row | None = None,
         **rest: Any,
     ) -> RunResults:
         """Results with the measures computed from the accuracies; ``rest``: the remaining fields by name."""
         size = len(tasks)
-        matrix = [[*row, *[None] * (size - len(row))] for row in accuracy_matrix]
-        matrix += [[None] * size for _ in range(size - len(matrix))]
+        matrix = _square(accuracy_matrix, size)
+        unknown = None
+        if class_incremental_matrix is not None:
+            unknown = {"accuracy_matrix": _square(class_incremental_matrix, size)}
+            unknown |= {k: v for k, v in measures(unknown["accuracy_matrix"]).items() if k != "fwt"}
         numbers = measures(matrix, before_accuracies, baseline_accuracies)
         return cls(
             tasks=list(tasks),
             classes=[list(names) for names in classes],
             accuracy_matrix=matrix,
             **numbers,
+            class_incremental=unknown,
             before_accuracies=None if before_accuracies is None else list(before_accuracies),
             baseline_accuracies=None if baseline_accuracies is None else list(baseline_accuracies),
             **rest,
@@ -73,6 +81,12 @@ class RunResults:
         rows = transfer.finished_rows(self.accuracy_matrix)
         last = rows[-1] if rows else []
         return [*last, *[None] * (len(self.tasks) - len(last))]
+
+
+def _square(matrix: transfer.Matrix, size: int) -> list[list[float | None]]:
+    """Rows up to the diagonal, or fewer than ``size``, filled up with None."""
+    rows = [[*row, *[None] * (size - len(row))] for row in matrix]
+    return rows + [[None] * size for _ in range(size - len(rows))]
 
 
 def measures(
@@ -134,6 +148,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seconds": ("a number", is_number),
     "versions": ("names with versions", lambda v: isinstance(v, dict) and _is_names(list(v.values()))),
     "details": ("a mapping", lambda v: isinstance(v, dict)),
+    "class_incremental": ("a mapping or null", lambda v: v is None or isinstance(v, dict)),
+    "memory_bytes": ("a whole number or null", lambda v: v is None or _is_whole(v)),
+    "overhead_seconds": ("a mapping or null", lambda v: v is None or isinstance(v, dict)),
 }
 _ROWS = ("before_accuracies", "baseline_accuracies")
 

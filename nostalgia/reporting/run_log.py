@@ -85,12 +85,15 @@ class RunLog:
         accuracy: float | None = None,
         lr: float | None = None,
         grad_norm: float | None = None,
-        projected_fraction: float | None = None,
-        leak: float | None = None,
+        metrics: Mapping[str, float] | None = None,
         images_per_s: float | None = None,
         split: str = "train",
     ) -> None:
-        """A logged step; ``split`` is ``warmup`` while only the head trains; ``grad_norm`` unclipped."""
+        """A logged step; ``split`` is ``warmup`` while only the head trains; ``grad_norm`` unclipped.
+
+        ``metrics`` are the method's own, for the trackers; two of them have columns in metrics.csv.
+        """
+        metrics = metrics or {}
         values = {
             f"{split}/loss": loss,
             f"{split}/accuracy": accuracy,
@@ -98,8 +101,7 @@ class RunLog:
             f"{split}/grad_norm": grad_norm,
             f"{split}/images_per_s": images_per_s,
             f"{split}/epoch": epoch,
-            "nostalgia/projected_fraction": projected_fraction,
-            "nostalgia/leak": leak,
+            **{f"method/{name}": value for name, value in metrics.items()},
         }
         row = {
             "task": task,
@@ -109,17 +111,26 @@ class RunLog:
             "accuracy": accuracy,
             "lr": lr,
             "grad_norm": grad_norm,
-            "projected_fraction": projected_fraction,
-            "leak": leak,
+            "projected_fraction": metrics.get("projected_fraction"),
+            "leak": metrics.get("leak"),
             "images_per_s": images_per_s,
         }
         self._log(values, step, row)
 
     def validation(
-        self, *, step: int, task: str, epoch: int, loss: float, accuracy: float, leak: float | None = None
+        self,
+        *,
+        step: int,
+        task: str,
+        epoch: int,
+        loss: float,
+        accuracy: float,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Validation of the task in training after an epoch; ``leak`` since the task's start."""
-        values = {f"val/loss/{task}": loss, f"val/accuracy/{task}": accuracy, "nostalgia/leak": leak}
+        """Validation of the task in training after an epoch, with the method's own ``metrics``."""
+        leak = (metrics or {}).get("leak")
+        own = {f"method/{name}": value for name, value in (metrics or {}).items()}
+        values = {f"val/loss/{task}": loss, f"val/accuracy/{task}": accuracy, **own}
         row = {"task": task, "epoch": epoch, "split": "val", "loss": loss, "accuracy": accuracy, "leak": leak}
         self._log(values, step, row)
 

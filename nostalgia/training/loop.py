@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,11 +16,12 @@ from transformers import get_scheduler
 from nostalgia.checkpoint.store import understood
 from nostalgia.data.stream import TaskLoader
 from nostalgia.errors import RunFailedError
-from nostalgia.methods.base import StepRule
+from nostalgia.methods.base import Method, TaskContext
+from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel import tensors
 from nostalgia.parallel.modules import bare_module, inner_module, named_parameters
+from nostalgia.training.overhead import OverheadClock
 from nostalgia.training.step import StepResult, train_step
-from nostalgia.training.task_model import TaskModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,6 @@ class Optimization:
     scheduler: str = "cosine"  # cosine (to zero) or constant, both after a linear warm-up
     warmup_epochs: float = 5.0
     max_grad_norm: float | None = 1.0
-    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class StepRecord:
     accuracy: float
     lr: float
     grad_norm: float
-    projected_fraction: float | None
     images_per_s: float
+    metrics: dict[str, float]  # of the method
 
 
 class Observer(Protocol):
@@ -62,8 +62,8 @@ class Observer(Protocol):
     def step_taken(self, step: int, record: StepRecord | None) -> None:
         """After every step; ``record`` only every ``log_every``-th and at the end of an epoch."""
 
-    def epoch_finished(self, epoch: int, step: int, model: nn.Module, leak: float | None) -> None:
-        """After every epoch, with the wrapped model: the place to validate."""
+    def epoch_finished(self, epoch: int, step: int, model: nn.Module, metrics: dict[str, float]) -> None:
+        """After every epoch, with the wrapped model and the method's metrics: the place to validate."""
 
     def phase_finished(self, model: nn.Module) -> None:
         """After the last epoch, with the wrapped model."""
@@ -84,8 +84,9 @@ class Phase:
     accelerator: Accelerator
     optimization: Optimization
     observer: Observer
-    rule: Callable[[Mapping[str, nn.Parameter]], StepRule]
-    projected: tuple[str, ...] = ()  # names of the projected parameters within the backbone
+    method: Method
+    context: TaskContext  # its model and parameters are put in here, once wrapped
+    scope: tuple[str, ...] = ()  # names of the parameters in scope, within the backbone
     log_every: int = 50
     max_steps_per_epoch: int | None = None
     guard: Callable[[dict[str, Tensor], str], None] | None = None  # checks that ranks agree
@@ -108,8 +109,14 @@ class Training:
         options = phase.optimization
         optimizer = make_optimizer(model, options)
         self.wrapped, self.optimizer = phase.accelerator.prepare(model, optimizer)
-        self.parameters = projected_parameters(self.wrapped, phase.projected)
-        self.rule = phase.rule(self.parameters)
+        self.parameters = scope_parameters(self.wrapped, phase.scope)
+        self.clock = OverheadClock(self.wrapped, self.optimizer.optimizer, phase.accelerator.device)
+        self.method = phase.method
+        started = time.perf_counter()
+        phase.context.model, phase.context.parameters = self.wrapped, self.parameters
+        self.method.task = phase.context
+        self.method.begin_task(phase.context)
+        self.begin_seconds = time.perf_counter() - started
         self.steps_per_epoch = loader.steps_per_epoch
         if phase.max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, phase.max_steps_per_epoch)
@@ -126,11 +133,12 @@ class Training:
         phase.observer.phase_started(epochs, self.steps_per_epoch, self.taken)
         while self.epoch <= epochs:
             self._run_epoch()
-            phase.observer.epoch_finished(self.epoch, self.taken, self.wrapped, self.rule.leak())
+            phase.observer.epoch_finished(self.epoch, self.taken, self.wrapped, self.method.metrics())
             self.epoch, self.step = self.epoch + 1, 0
             if phase.after_step is not None:
                 phase.after_step(True)
         phase.observer.phase_finished(self.wrapped)
+        self.clock.remove()
         trained = cast(TaskModel, bare_module(self.wrapped))
         # A gradient left behind would count in the norm that a later phase clips by, where the backbone is frozen.
         trained.zero_grad(set_to_none=True)
@@ -150,11 +158,7 @@ class Training:
             "scheduler": self.scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        found = tensors.to_main({**self._heads(), **self._optimizer_state()})
-        vectors = self.rule.vectors()
-        if tensors.is_main():
-            found.update({f"rule/{name}": vector.to("cpu", copy=True) for name, vector in vectors.items()})
-        return PhaseState(position, found)
+        return PhaseState(position, tensors.to_main({**self._heads(), **self._optimizer_state()}))
 
     def restore(self, state: PhaseState, source: str) -> None:
         """Go on from ``state``, given whole on rank 0 (tensors may be missing on others); the backbone has its values.
@@ -175,9 +179,6 @@ class Training:
         self.scheduler.step()
         if self.phase.accelerator.scaler is not None and position["scaler"] is not None:
             self.phase.accelerator.scaler.load_state_dict(position["scaler"])
-        vectors = {f"rule/{name}": vector.clone() for name, vector in self.rule.vectors().items()}
-        tensors.from_main(vectors, state.tensors, source)
-        self.rule.load_vectors({name.removeprefix("rule/"): vector for name, vector in vectors.items()})
 
     def _run_epoch(self) -> None:
         phase = self.phase
@@ -195,15 +196,16 @@ class Training:
     def _take_step(self, step: Any) -> None:
         phase, options = self.phase, self.phase.optimization
         try:
-            result = train_step(
-                self.wrapped,
-                self.optimizer,
-                self.rule,
-                step,
-                accelerator=phase.accelerator,
-                max_grad_norm=options.max_grad_norm,
-                label_smoothing=options.label_smoothing,
-            )
+            with self.clock.of_step(self.taken + 1):
+                result = train_step(
+                    self.wrapped,
+                    self.optimizer,
+                    self.method,
+                    step,
+                    accelerator=phase.accelerator,
+                    max_grad_norm=options.max_grad_norm,
+                    clock=self.clock,
+                )
         except RunFailedError as error:
             raise RunFailedError(f"{phase.where}, {error}") from None
         self.taken, self.step = self.taken + 1, self.step + 1
@@ -223,7 +225,6 @@ class Training:
         now = time.perf_counter()
         rate = self._images / max(now - self._clock, 1e-9)
         self._clock, self._images = now, 0
-        fraction = result.projected_fraction
         return StepRecord(
             step=self.taken,
             epoch=self.epoch,
@@ -231,8 +232,8 @@ class Training:
             accuracy=correct / result.num_samples,
             lr=lr,
             grad_norm=result.grad_norm,
-            projected_fraction=None if fraction is None else float(fraction),
             images_per_s=rate,
+            metrics=self.method.metrics(),
         )
 
     def _heads(self) -> dict[str, Tensor]:
@@ -278,7 +279,7 @@ def make_scheduler(
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
 
 
-def projected_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
+def scope_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The parameters of the wrapped model's backbone called ``names``, as they are trained (plain or DTensor)."""
     available = dict(cast(TaskModel, inner_module(wrapped)).backbone.named_parameters())
     return {name: available[name] for name in names}

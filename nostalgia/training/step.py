@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over its micro-batches, synchronise, unscale, project, clip, step."""
+"""One optimizer step: forward and backward over its micro-batches, synchronise, unscale, the method, clip, step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from nostalgia.data.stream import Step
+from nostalgia.data.stream import Batch, Step
 from nostalgia.errors import RunFailedError
-from nostalgia.methods.base import StepRule
-from nostalgia.training.task_model import count_correct, loss_sum
+from nostalgia.methods.base import Method
+from nostalgia.models.objective import Output
+from nostalgia.training.overhead import OverheadClock
 
 LEAST_SCALE = 1.0  # of the float16 loss: 17 steps skipped in a row, from Accelerate's first scale
 
@@ -23,23 +24,22 @@ LEAST_SCALE = 1.0  # of the float16 loss: 17 steps skipped in a row, from Accele
 class StepResult:
     """What a step measured; sums are this rank's and live on the device, the norm is the same on all ranks."""
 
-    loss_sum: Tensor  # over this rank's valid samples
+    loss_sum: Tensor  # over this rank's valid samples, with what the method added
     correct: Tensor
     num_samples: int  # over all ranks
-    grad_norm: float  # after projection, before clipping
-    projected_fraction: Tensor | None
+    grad_norm: float  # after the method's change, before clipping
     skipped: bool  # a float16 overflow: the gradient scaler left this step out
 
 
 def train_step(
     model: nn.Module,
     optimizer: AcceleratedOptimizer,
-    rule: StepRule,
+    method: Method,
     step: Step,
     *,
     accelerator: Accelerator,
     max_grad_norm: float | None,
-    label_smoothing: float = 0.0,
+    clock: OverheadClock,
 ) -> StepResult:
     """Take one step on the mean loss of all samples of ``step``, over all ranks and micro-batches.
 
@@ -50,20 +50,25 @@ def train_step(
     total_loss, correct = [], []
     # DDP and FSDP2 average over ranks; the loss of a step is the sum over all its samples by their number.
     scale = accelerator.num_processes / step.num_samples
+
+    def forward(batch: Batch) -> Output:
+        return method.loss(model, batch)
+
+    def backward(output: Output) -> None:
+        accelerator.backward(output.loss * scale)
+
     last = len(step.micro_batches) - 1
     for i, batch in enumerate(step.micro_batches):
         with accelerator.no_sync(model) if i < last else nullcontext():
-            logits = model(batch.images)
-            loss = loss_sum(logits, batch, label_smoothing)
-            accelerator.backward(loss * scale)
-        total_loss.append(loss.detach())
-        correct.append(count_correct(logits, batch).detach())
+            output = clock.passes(len(batch), lambda batch=batch: forward(batch), backward)  # type: ignore[misc]
+        total_loss.append(output.loss.detach())
+        correct.append(output.correct)
     accelerator.unscale_gradients(optimizer)
-    fraction = rule.project_gradients()
+    clock.hook(method.gradients)
     grad_norm = clip_gradients(model.parameters(), max_grad_norm)
     if accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
         raise RunFailedError(_non_finite(accelerator, step, total_loss, grad_norm))
-    rule.step(optimizer)
+    clock.hook(lambda: method.step(optimizer))
     if optimizer.step_was_skipped and accelerator.scaler is not None and accelerator.scaler.get_scale() < LEAST_SCALE:
         raise RunFailedError(_non_finite(accelerator, step, total_loss, grad_norm))
     return StepResult(
@@ -71,7 +76,6 @@ def train_step(
         correct=torch.stack(correct).sum(),
         num_samples=step.num_samples,
         grad_norm=grad_norm,
-        projected_fraction=fraction,
         skipped=optimizer.step_was_skipped,
     )
 

@@ -6,9 +6,9 @@ import io
 from types import SimpleNamespace
 
 import torch
+from nostalgia.experiment.rounds import Experiment
 from rich.console import Console
 
-from nostalgia.experiment.rounds import Experiment
 from nostalgia.experiment.state import RunState
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace

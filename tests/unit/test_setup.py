@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 from accelerate import Accelerator
+from nostalgia.experiment.setup import load_tasks, task_loader
 
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
-from nostalgia.experiment.setup import load_tasks, task_loader
 
 
 def test_tasks_trained_together_keep_their_own_augmentation() -> None:

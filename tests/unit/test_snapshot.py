@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from nostalgia.experiment.setup import build_parts
 
 from nostalgia.config import parse
-from nostalgia.experiment.setup import build_parts
 from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import RunState
 from nostalgia.models import norm_statistics

@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hessian_eigenthings.algorithms.trace import trace
+from nostalgia.experiment.setup import curvature_options
+from nostalgia.training.task_model import TaskModel, loss_sum
 from torch import nn
 
 from nostalgia.config import parse
@@ -16,10 +18,8 @@ from nostalgia.curvature import GGNOperator, HessianOperator
 from nostalgia.curvature.eigenspace import task_operator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import RunFailedError, UsageError
-from nostalgia.experiment.setup import curvature_options
 from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.training.task_model import TaskModel, loss_sum
 from tests.unit.curvature.networks import (
     NETWORKS,
     Oracle,

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from nostalgia.training.task_model import TaskModel
 from torch import Tensor, nn
 
 from nostalgia.data.stream import Batch, Step
 from nostalgia.errors import RunFailedError
 from nostalgia.methods.finetune import PlainStep
 from nostalgia.training.step import LEAST_SCALE, StepResult, train_step
-from nostalgia.training.task_model import TaskModel
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-"""From a checked configuration to the things a run is made of: folder, tasks, backbone, method."""
+"""From a checked configuration to the components of a run: tasks, backbone, method."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,24 +17,24 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
-from nostalgia.errors import UsageError
-from nostalgia.experiment.checkpointing import Schedule
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.methods import Finetune, Joint, Method, Nostalgia
-from nostalgia.methods.loading import load_method
+from nostalgia.methods.base import Method
+from nostalgia.methods.loading import make_method, method_class
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
-from nostalgia.models.backbones import projected_parameters
+from nostalgia.models.backbones import scope_parameters
+from nostalgia.models.objective import Objective
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.coordination import agree, main_first
-from nostalgia.projection import CurvatureMemory
-from nostalgia.training.loop import Optimization
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "hessian-eigenthings")
 
 
 @dataclass
-class Parts:
-    """What a run works on. ``heads`` grow by one a task; ``norm_statistics`` are those each task ended with."""
+class Components:
+    """What a run works on. ``heads`` are by name, in the order of their first tasks; they grow with the tasks.
+
+    ``norm_statistics`` are those each task ended with; ``scope`` names the parameters that methods protect.
+    """
 
     config: Config
     accelerator: Accelerator
@@ -41,29 +42,50 @@ class Parts:
     tasks: list[Task]
     backbone: Backbone
     method: Method
-    memory: CurvatureMemory
     space: VectorSpace
     view: View
-    projected: tuple[str, ...]
-    heads: list[nn.Module] = field(default_factory=list)
+    scope: tuple[str, ...]
+    objective: Objective
+    heads: dict[str, nn.Module] = field(default_factory=dict)
     norm_statistics: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
-    def loader(self, tasks: list[Task], train: bool, name: str | None = None) -> TaskLoader:
+    def loader(
+        self, tasks: list[Task], train: bool, name: str | None = None, heads: Sequence[int] | None = None
+    ) -> TaskLoader:
         """Batches of one task, or of several together (joint training)."""
-        return task_loader(self.config, self.accelerator, self.view, tasks, train, name)
+        return task_loader(self.config, self.accelerator, self.view, tasks, train, name, heads)
+
+    def augmentations(self, tasks: Sequence[Task]) -> list[str]:
+        return augmentations(self.config, tasks)
 
     def epochs(self, task: Task) -> int:
         per_task = self.config.train.epochs_per_task
         return per_task[task.index - 1] if per_task is not None else self.config.train.epochs
 
+    def scope_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in scope of the backbone as it is now, by name."""
+        available = scope_parameters(self.backbone, self.config.model.scope)
+        return {name: available[name] for name in self.scope}
+
+    @property
+    def global_batch_size(self) -> int:
+        config = self.config
+        per_rank = config.dataset.batch_size * config.train.gradient_accumulation_steps
+        return per_rank * self.accelerator.num_processes
+
 
 def task_loader(
-    config: Config, accelerator: Accelerator, view: View, tasks: list[Task], train: bool, name: str | None = None
+    config: Config,
+    accelerator: Accelerator,
+    view: View,
+    tasks: list[Task],
+    train: bool,
+    name: str | None = None,
+    heads: Sequence[int] | None = None,
 ) -> TaskLoader:
     """Batches of one task, or of several together, for this rank."""
     dataset = config.dataset
     images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.image_size)
-    augment = [t.augment if dataset.augment == "default" else dataset.augment for t in tasks]
     return TaskLoader(
         images,
         view,
@@ -75,8 +97,15 @@ def task_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=dataset.num_workers,
-        augment=augment,
+        augment=augmentations(config, tasks),
+        heads=heads,
     )
+
+
+def augmentations(config: Config, tasks: Sequence[Task]) -> list[str]:
+    """The augmentation policy of each task's training images."""
+    chosen = config.dataset.augment
+    return [task.augment if chosen == "default" else chosen for task in tasks]
 
 
 def load_tasks(config: Config, accelerator: Accelerator) -> list[Task]:
@@ -102,23 +131,31 @@ def source_loader(config: Config, download: bool) -> Callable[[str], Source]:
 
 def task_specs(config: Config) -> list[TaskSpec]:
     experiment = config.experiment
-    return expand_specs(experiment.tasks, config.dataset.name, experiment.num_tasks, experiment.split)
+    return expand_specs(
+        experiment.tasks,
+        config.dataset.name,
+        experiment.num_tasks,
+        experiment.split,
+        shared_head=experiment.head == "shared",
+        class_order=experiment.class_order,
+    )
 
 
-def build_parts(
+def build_components(
     config: Config,
     accelerator: Accelerator,
     precision: str,
     *,
     tasks: list[Task] | None = None,
     download_weights: bool = True,
-) -> Parts:
+) -> Components:
     """Load data and weights and check what depends on them; an error on any rank is raised on all.
 
     ``tasks`` are those of a dry run, which has looked for them already.
     """
     if tasks is None:
         tasks = load_tasks(config, accelerator)
+    method = agree(accelerator, lambda: chosen_method(config))
     backbone = agree(accelerator, lambda: make_backbone(config, download_weights))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
@@ -130,32 +167,27 @@ def build_parts(
         and norm_statistics.has_batch_norm(backbone)
     ):
         norm_statistics.synchronise(backbone)
-    projected = projected_parameters(backbone, config.nostalgia.project_params)
-    placement = "sharded" if strategy(accelerator) == "fsdp2" else "auto"
-    if placement == "sharded":
-        space = VectorSpace(
-            list(projected), [p.shape for p in projected.values()], "sharded", dtype=dtype, device=accelerator.device
-        )
-    else:
-        space = VectorSpace.of(projected, dtype=dtype, device=accelerator.device)
-    method, memory = make_method(config, len(tasks))
-    if method.needs_curvature and config.nostalgia.top_k > space.size:
-        raise UsageError(
-            f"nostalgia.top_k={config.nostalgia.top_k}: allowed 1 to {space.size}, the number of projected parameters"
-        )
-    view = View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
-    return Parts(
+    scope = scope_parameters(backbone, config.model.scope)
+    return Components(
         config=config,
         accelerator=accelerator,
         precision=precision,
         tasks=tasks,
         backbone=backbone,
         method=method,
-        memory=memory,
-        space=space,
-        view=view,
-        projected=tuple(projected),
+        space=make_space(scope, accelerator, dtype),
+        view=View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype),
+        scope=tuple(scope),
+        objective=Objective(config.train.label_smoothing),
     )
+
+
+def make_space(scope: dict[str, nn.Parameter], accelerator: Accelerator, dtype: torch.dtype) -> VectorSpace:
+    """The vector space of the parameters in scope, spread as training will spread them."""
+    if strategy(accelerator) == "fsdp2":
+        shapes = [p.shape for p in scope.values()]
+        return VectorSpace(list(scope), shapes, "sharded", dtype=dtype, device=accelerator.device)
+    return VectorSpace.of(scope, dtype=dtype, device=accelerator.device)
 
 
 def make_backbone(config: Config, download: bool = True) -> Backbone:
@@ -180,64 +212,42 @@ def make_backbone(config: Config, download: bool = True) -> Backbone:
             target_modules=lora.target_modules,
             seed=config.experiment.seed,
         )
+        if lora.freeze_a:
+            for name, parameter in backbone.named_parameters():
+                if ".lora_A." in name:
+                    parameter.requires_grad_(False)
     return backbone
 
 
-def make_method(config: Config, num_tasks: int) -> tuple[Method, CurvatureMemory]:
-    """The method, and the memory it writes (empty for methods without one)."""
-    options = config.nostalgia
-    k_max = 4 * options.top_k if options.k_max is None else options.k_max
-    memory = CurvatureMemory(
-        options.top_k,
-        options.merge,
-        min(k_max, num_tasks * options.top_k),  # so that `auto` counts no columns that never come
-        placement=options.basis_placement,
-        dtype=torch.bfloat16 if options.basis_dtype == "bfloat16" else None,
-        budget_bytes=None if options.basis_memory_gb is None else options.basis_memory_gb * 2**30,
-    )
-    if ":" in config.method.name:
-        return load_method(config.method.name, memory), memory
-    if config.method.name == "joint":
-        return Joint(), memory
-    if config.method.name == "finetune" or not options.enabled:
-        return Finetune(), memory
-    return Nostalgia(memory, options.project, options.projection_start_task), memory
+def complete_method(config: Config) -> None:
+    """Put all options of the chosen method, checked, into ``config.method``.
+
+    Raises UsageError for an option that the method does not have or allow, NotFoundError for a class that is not there.
+    """
+    from nostalgia.config.aliases import EVERY_METHOD
+
+    given = dict(config.method)
+    name = str(given.pop("name"))
+    kind = method_class(name)
+    known = {item.name for item in kind.Config.__dataclass_fields__.values()}
+    every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
+    options = make_method(name, {**given, **every}, config.experiment.seed).config
+    config.method, config.methods = {"name": name, **asdict(options)}, {}
 
 
-def optimization(config: Config, epochs: int, *, head_only: bool = False) -> Optimization:
-    """How a phase is optimised; the head's warm-up has a constant rate from the start."""
-    train = config.train
-    return Optimization(
-        epochs=epochs,
-        optimizer=train.optimizer,
-        lr=(train.head_warmup_lr or train.lr) if head_only else train.lr,
-        weight_decay=train.weight_decay,
-        betas=(train.betas[0], train.betas[1]),
-        momentum=train.momentum,
-        scheduler="constant" if head_only else train.scheduler,
-        warmup_epochs=0 if head_only else train.warmup_epochs,
-        max_grad_norm=train.max_grad_norm,
-        label_smoothing=train.label_smoothing,
-    )
-
-
-def checkpoint_schedule(config: Config) -> Schedule:
-    train = config.train
-    return Schedule(
-        every_steps=train.checkpoint_every_steps,
-        every_epochs=train.checkpoint_every_epochs,
-        every_products=config.nostalgia.checkpoint_every_n_products,
-        keep=train.keep_checkpoints,
-        on_failure=train.on_checkpoint_failure,
-    )
+def chosen_method(config: Config) -> Method:
+    """The run's method, made anew."""
+    options: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
+    return make_method(str(config.method["name"]), options, config.experiment.seed)
 
 
 def curvature_options(config: Config) -> CurvatureOptions:
-    options = config.nostalgia
+    options = config.curvature
     return CurvatureOptions(
-        top_k=options.top_k,
-        kind=options.curvature,
-        method=options.hvp,
+        kind=options.kind,
+        hvp=options.hvp,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
         precision=options.precision,
         retain_graph={"true": True, "false": False}.get(options.retain_graph, "auto"),
         compile=options.compile,
@@ -245,7 +255,6 @@ def curvature_options(config: Config) -> CurvatureOptions:
         max_products=options.max_products,
         max_basis=options.max_basis,
         seed=config.experiment.seed,
-        label_smoothing=config.train.label_smoothing,
     )
 
 

@@ -1,0 +1,312 @@
+"""The rounds of a run: what happens with each task, stage by stage, and where it may stop and go on."""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nostalgia.checkpoint.store import TASK_END, Contents
+from nostalgia.data.tasks import Task
+from nostalgia.errors import NostalgiaError
+from nostalgia.evaluation.accuracy import Score, evaluate
+from nostalgia.experiment.analysis import Analysis
+from nostalgia.experiment.checkpointing import Checkpointer, Schedule
+from nostalgia.experiment.components import Components
+from nostalgia.experiment.context import task_context
+from nostalgia.experiment.heads import heads_in_training, new_heads
+from nostalgia.experiment.observer import PhaseObserver
+from nostalgia.experiment.outcome import make_log, run_results, say_outcome
+from nostalgia.experiment.phases import fit_phase
+from nostalgia.experiment.resume import Resumed
+from nostalgia.experiment.snapshot import Snapshot
+from nostalgia.experiment.state import STAGES, RunState
+from nostalgia.models import norm_statistics
+from nostalgia.models.adapters import restart_adapters
+from nostalgia.models.task_model import TaskModel
+from nostalgia.parallel.guard import check_consistency
+from nostalgia.reporting.progress import Progress
+from nostalgia.reporting.results import RunResults
+from nostalgia.training.loop import Training
+
+
+class Experiment:
+    """The rounds of a run, one after the other: a round is one task, or all of them for joint training."""
+
+    def __init__(self, run: Components, folder: Path, progress: Progress, resumed: Resumed | None = None) -> None:
+        self.c, self.folder, self.progress = run, folder, progress
+        self.config, self.accelerator = run.config, run.accelerator
+        self.log = make_log(run, folder, self._warn, None if resumed is None else resumed.log_position)
+        self.state = RunState()
+        self.analysis = Analysis(run, folder, self.log, self._warn)
+        schedule = Schedule.of(self.config)
+        self.checkpoints = Checkpointer(folder, self.accelerator, schedule, self._contents, self._warn)
+        self.initial = {k: v.detach().cpu().clone() for k, v in run.backbone.state_dict().items()}
+        self.snapshot = Snapshot(run, self.analysis, self.initial, folder)
+        # Evaluation images are few and read again after every task: their loaders are made once.
+        self.val_loaders = [run.loader([task], train=False) for task in run.tasks]
+        self.rounds = [run.tasks] if run.method.joint else [[task] for task in run.tasks]
+        self.training: Training | None = None  # the phase in progress
+        self.observer: PhaseObserver | None = None  # of it
+        self.warm_head: nn.Module | None = None
+        self.resumed = resumed if resumed is not None and resumed.state is not None else None
+        self._started = self._round_started = time.perf_counter()
+        if self.resumed is not None:
+            self.state = self.snapshot.restore(self.resumed)
+            self.log.step = self.state.step
+
+    def run(self) -> RunResults:
+        self.checkpoints.stop.listen()
+        try:
+            while self.state.round <= len(self.rounds):
+                self._round(self.rounds[self.state.round - 1])
+        except NostalgiaError:
+            self.checkpoints.close()  # what is being written is the last good one
+            raise
+        self.checkpoints.close()
+        return run_results(self.c, self.state, self._elapsed(), self.checkpoints.seconds)
+
+    # -- a round, stage by stage -----------------------------------------------------------------------------------
+
+    def _round(self, tasks: list[Task]) -> None:
+        self._round_started = time.perf_counter()
+        stages = dict(zip(STAGES, (self._baseline, self._warm_up, self._train, self._end, self._evaluate), strict=True))
+        with self.progress.task(self.state.round, tasks[0].name if len(tasks) == 1 else "joint"):
+            for stage in STAGES[STAGES.index(self.state.stage) :]:
+                self.state.stage = stage
+                if self.resumed is not None and self.resumed.phase is None:
+                    self._finish_resuming()
+                stages[stage](tasks)
+            state = self.state
+            state.seconds.append(self._round_elapsed())
+            state.round, state.stage, state.round_elapsed, state.metrics = state.round + 1, STAGES[0], 0.0, {}
+            self._round_started = time.perf_counter()
+            self.checkpoints.reach(TASK_END)
+
+    def _baseline(self, tasks: list[Task]) -> None:
+        """What a head alone gives on the backbone the run began with: forward transfer is measured against it."""
+        if not self._warms_up:
+            return
+        if tasks[0].index == 1:
+            self.state.baseline.append(None)  # the first task's counts nowhere
+            return
+        backbone = copy.deepcopy(self.c.backbone)
+        backbone.load_state_dict(self.initial)
+        self.state.baseline.append(self._fit_head(tasks[0], backbone, record=False)[1].accuracy)
+
+    def _warm_up(self, tasks: list[Task]) -> None:
+        """Fit the new head alone, and measure what it gives before the task's own training."""
+        if not self._warms_up:
+            return
+        self.warm_head, score = self._fit_head(tasks[0], self.c.backbone, record=True)
+        self.state.before.append(score.accuracy)
+        self.log.evaluation(
+            step=self.state.step,
+            tasks=[tasks[0].name],
+            accuracies=[score.accuracy],
+            losses=[score.loss],
+            split="before",
+        )
+
+    def _train(self, tasks: list[Task]) -> None:
+        run, state = self.c, self.state
+        if tasks[0].index > 1 and not self._resumes_a_phase:
+            self._restart_adapters(tasks[0])
+        new = new_heads(run, tasks) if self.warm_head is None else {tasks[0].head: self.warm_head}
+        heads = heads_in_training(run, new)
+        names = list(heads)
+        name = tasks[0].name if len(tasks) == 1 else "joint"
+        loader = run.loader(tasks, train=True, name=name, heads=[names.index(task.head) for task in tasks])
+        validate = None
+        if len(tasks) == 1:
+            validate = lambda model: self._score(model, tasks[0], names.index(tasks[0].head))  # noqa: E731
+        observer = PhaseObserver(self.progress, self.log, name, state.step, validate=validate)
+        model = fit_phase(
+            self,
+            run.backbone,
+            list(heads.values()),
+            loader,
+            run.epochs(tasks[0]) if len(tasks) == 1 else self.config.train.epochs,
+            observer,
+            task_context(run, tasks, nn.Identity(), names, self._no_pause),
+        )
+        self.warm_head = None
+        state.step, state.metrics, state.tasks = state.step + observer.steps, observer.metrics, tasks[-1].index
+        run.backbone = model.backbone  # type: ignore[assignment]
+        norm_statistics.average_over_ranks(run.backbone)
+        run.heads.update(zip(names, model.heads, strict=True))
+        run.norm_statistics += [norm_statistics.capture(run.backbone)] * len(tasks)
+
+    def _end(self, tasks: list[Task]) -> None:
+        """The method takes in what it remembers of the task, which it may also change the network by."""
+        run, started = self.c, time.perf_counter()
+        heads = run.heads if run.method.all_heads or run.method.joint else {tasks[0].head: run.heads[tasks[0].head]}
+        with ExitStack() as stack:
+            display: list[Any] = []
+
+            def pause(work: int, done: int, of: int) -> None:
+                if not display:
+                    display.append(stack.enter_context(self.progress.eigensolve(of)))
+                display[0].products(work, done)
+                self.checkpoints.after_product(work)
+
+            context = task_context(run, tasks, TaskModel(run.backbone, list(heads.values())), list(heads), pause)
+            run.method.task = context
+            run.method.end_task(context)
+        self.state.between_overhead += time.perf_counter() - started
+        self.state.memory_bytes = max(self.state.memory_bytes, run.method.bytes_remembered())
+        run.norm_statistics[-len(tasks) :] = [norm_statistics.capture(run.backbone)] * len(tasks)
+        pairs = None if run.method.joint else self.analysis.task_ended(tasks[0])
+        note = run.method.note()
+        if note:
+            self.progress.console.print(f"note: {tasks[-1].name}: {note}", highlight=False, markup=False)
+        self._pairs = pairs
+
+    _pairs: Any = None  # of the task that has just ended, to be shown with its accuracies
+
+    def _evaluate(self, tasks: list[Task]) -> None:
+        """A row of both accuracy matrices: each task seen, with the task known and not known."""
+        run, state = self.c, self.state
+        seen = run.tasks[: state.tasks]
+        scores = [self._score_finished(task) for task in seen]
+        self.log.evaluation(
+            step=state.step,
+            tasks=[t.name for t in seen],
+            accuracies=[s.accuracy for s in scores],
+            losses=[s.loss for s in scores],
+        )
+        count = len(run.tasks)
+        for matrix, row in (
+            (state.matrix, [s.accuracy for s in scores]),
+            (state.class_incremental, [s.class_incremental for s in scores]),
+        ):
+            matrix.extend([None] * count for _ in range(len(scores) - 1 - len(matrix)))  # joint: the last row only
+            matrix.append([*row, *[None] * (count - len(row))])
+        if not run.method.joint:
+            say_outcome(self.progress.console, run, state, tasks[0], self._pairs, self._round_elapsed())
+        self._pairs = None
+
+    # -- parts of stages -------------------------------------------------------------------------------------------
+
+    @property
+    def _warms_up(self) -> bool:
+        return self.config.train.head_warmup_epochs > 0 and not self.c.method.joint
+
+    @property
+    def _resumes_a_phase(self) -> bool:
+        return self.resumed is not None and self.resumed.phase is not None
+
+    def _restart_adapters(self, task: Task) -> None:
+        """Merge the adapters into the weights, where the method or ``model.lora.merge`` wants it."""
+        if self.c.method.restarts_adapters:
+            restart_adapters(self.c.backbone, self.config.experiment.seed * 1000 + task.index)
+        elif self.config.model.lora.merge == "task":
+            restart_adapters(self.c.backbone, None)
+
+    def _fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
+        """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
+        loader = self.c.loader([task], train=True)
+        observer = PhaseObserver(
+            self.progress,
+            self.log,
+            task.name,
+            self.state.step,
+            label="warmup",
+            record=record,
+            finish=lambda model: self._score(model, task, 0),
+        )
+        backbone.set_trainable(False)  # type: ignore[operator]
+        epochs = self.config.train.head_warmup_epochs
+        heads = list(new_heads(self.c, [task]).values())
+        context = task_context(self.c, [task], nn.Identity(), [task.head], self._no_pause)
+        model = fit_phase(self, backbone, heads, loader, epochs, observer, context, head_only=True)
+        model.backbone.set_trainable(True)  # type: ignore[operator]
+        if record:
+            self.state.step += observer.steps
+            self.c.backbone = model.backbone  # type: ignore[assignment]
+        assert observer.score is not None
+        return model.heads[0], observer.score
+
+    def _score_finished(self, task: Task) -> Score:
+        """The task with its own batch-norm statistics where it is known, with the network's as it stands where not."""
+        run = self.c
+        model, head = TaskModel(run.backbone, list(run.heads.values())), list(run.heads).index(task.head)
+        statistics = run.norm_statistics[task.index - 1]
+        if self.config.model.norm_statistics != "per_task" or not statistics or task.index == self.state.tasks:
+            return self._score(model, task, head)
+        with norm_statistics.using(run.backbone, statistics):
+            known = self._score(model, task, head)
+        with norm_statistics.using(run.backbone, run.norm_statistics[-1]):
+            unknown = self._score(model, task, head)
+        return Score(known.accuracy, known.loss, known.correct, known.num_samples, unknown.class_incremental)
+
+    def _score(self, model: nn.Module, task: Task, head: int) -> Score:
+        limit = self.config.train.max_eval_batches
+        loader = self.val_loaders[task.index - 1]
+        return evaluate(model, loader, self.accelerator, limit, self.checkpoints.reach, head=head)
+
+    def guard(self, parameters: dict[str, torch.Tensor], where: str) -> None:
+        """Raise RunFailedError where ranks hold different numbers."""
+        check_consistency({**parameters, **self.c.method.replicated_tensors()}, where)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def after_step(self, epoch_done: bool) -> None:
+        assert self.training is not None
+        self.checkpoints.after_step(self.training.taken, epoch_done)
+
+    def begin_phase(self, training: Training, observer: PhaseObserver) -> None:
+        """A phase of training begins, or goes on where a run was interrupted within it."""
+        self.training, self.observer = training, observer
+        if self._resumes_a_phase:
+            assert self.resumed is not None
+            assert self.resumed.phase is not None
+            training.restore(self.resumed.phase, self.resumed.source)
+            if training.phase.method is self.c.method:
+                self.snapshot.load_method(self.resumed.source)
+            observer.metrics = self.state.metrics
+            self._finish_resuming()
+
+    def end_phase(self) -> None:
+        assert self.training is not None
+        if self.training.phase.method is self.c.method:
+            self.state.training_overhead += self.training.clock.seconds
+            self.state.between_overhead += self.training.begin_seconds
+        self.training = self.observer = None
+
+    def _contents(self, kind: str) -> Contents:
+        """All that the run depends on from here; a collective."""
+        saved = copy.copy(self.state)
+        saved.elapsed, saved.round_elapsed = self._elapsed(), self._round_elapsed()
+        if self.observer is not None:
+            saved.metrics = self.observer.metrics
+        if self.training is not None and self.training.phase.method is self.c.method:
+            saved.training_overhead += self.training.clock.seconds
+            saved.between_overhead += self.training.begin_seconds
+        contents = self.snapshot.take(kind, saved, self.training, self.log.position())
+        contents.before = self.log.sync
+        return contents
+
+    def _finish_resuming(self) -> None:
+        """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
+        assert self.resumed is not None
+        self.snapshot.restore_random_state(self.resumed)
+        self.resumed = self.snapshot.method_state = None
+
+    def _elapsed(self) -> float:
+        return self.state.elapsed + time.perf_counter() - self._started
+
+    def _round_elapsed(self) -> float:
+        return self.state.round_elapsed + time.perf_counter() - self._round_started
+
+    def _warn(self, line: str) -> None:
+        self.progress.console.print(f"warning: {line}", highlight=False, markup=False)
+
+    @staticmethod
+    def _no_pause(work: int, done: int, of: int) -> None:
+        """Between steps the loop itself is where a run may stop."""

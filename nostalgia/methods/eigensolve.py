@@ -1,0 +1,77 @@
+"""The top eigenpairs of a finished task's curvature, by a solve that can be broken off and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
+from nostalgia.errors import RunFailedError
+from nostalgia.linalg.block import Block
+from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
+from nostalgia.methods.base import TaskContext
+
+VECTORS = ("basis", "parked")
+
+
+class Eigensolver:
+    """Solves for a task's eigenpairs; its state goes into the state of the method that has it."""
+
+    def __init__(self) -> None:
+        self.unfinished: LanczosState | None = None
+
+    def solve(self, task: TaskContext, k: int) -> Eigenpairs:
+        """The ``k`` largest eigenpairs, going on with what `load_state_dict` took up; all ranks call it.
+
+        Raises RunFailedError where no pair converged.
+        """
+        options = task.curvature
+        batches = task.samples(options.num_samples, options.batch_size)
+        operator = task_operator(
+            task.model, task.objective, batches, task.parameters, task.accelerator, options, task.space
+        )
+
+        def follow(progress: LanczosProgress) -> None:
+            self.unfinished = progress.state
+            task.pause(progress.products, progress.converged, k)
+
+        state, self.unfinished = self.unfinished, None
+        pairs = top_eigenpairs(operator, k, options, follow, state)
+        self.unfinished = None
+        if not bool(pairs.converged.any()):
+            raise RunFailedError(
+                f"{task.tasks[-1].name}: none of {k} eigenpairs converged in {pairs.products} products "
+                f"(worst residual {float(pairs.residuals.max()):.2g}); raise curvature.max_products or curvature.tol, "
+                "or use curvature.precision=float64"
+            )
+        return pairs
+
+    def state_dict(self, task: TaskContext | None) -> dict[str, Any] | None:
+        if self.unfinished is None or task is None:
+            return None
+        solve = self.unfinished.clone()
+        small = {key: value for key, value in vars(solve).items() if key not in VECTORS}
+        vectors = torch.cat([solve.basis, solve.parked])
+        return {"vectors": Block(vectors, task.space), "rows": len(solve.basis), **small}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            self.unfinished = None
+            return
+        rest: dict[str, Any] = {key: item.cpu() if isinstance(item, torch.Tensor) else item for key, item in state.items()}
+        vectors, rows = rest.pop("vectors").rows, rest.pop("rows")
+        self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
+
+
+def unconverged_note(pairs: Eigenpairs) -> str:
+    """One line on the pairs that did not converge and are left out; empty where all did."""
+    missed = (~pairs.converged).nonzero().flatten().tolist()
+    if not missed:
+        return ""
+    worst = max(float(pairs.residuals[i] / pairs.eigenvalues[i].abs().clamp_min(1e-300)) for i in missed)
+    return (
+        f"eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge in {pairs.products} products (worst "
+        f"relative {worst:.2g}, tol {pairs.tol:g}); they are left out"
+    )
