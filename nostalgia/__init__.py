@@ -5,18 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CurvatureMemory", "GGNOperator", "GradientProjector", "HessianOperator", "lanczos"]
+__all__ = [
+    "CurvatureMemory",
+    "GGNOperator",
+    "GradientProjector",
+    "HessianOperator",
+    "KroneckerMemory",
+    "kronecker_factors",
+    "lanczos",
+]
 
 if TYPE_CHECKING:
+    from nostalgia.curvature.kronecker import kronecker_factors
     from nostalgia.curvature.operators import GGNOperator, HessianOperator
     from nostalgia.linalg.lanczos import lanczos
-    from nostalgia.projection import CurvatureMemory, GradientProjector
+    from nostalgia.projection import CurvatureMemory, GradientProjector, KroneckerMemory
 
 _HOME = {
     "CurvatureMemory": "nostalgia.projection.memory",
     "GGNOperator": "nostalgia.curvature.operators",
     "GradientProjector": "nostalgia.projection.projector",
     "HessianOperator": "nostalgia.curvature.operators",
+    "KroneckerMemory": "nostalgia.projection.kronecker_memory",
+    "kronecker_factors": "nostalgia.curvature.kronecker",
     "lanczos": "nostalgia.linalg.lanczos",
 }
 

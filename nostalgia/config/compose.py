@@ -303,7 +303,7 @@ def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
         else:
             owner, _, option = rest.rpartition(".")
             methods.setdefault(owner, {})[option] = override.value()
-    name = given.get("name", method.get("name"))
+    name = str(given.get("name", method.get("name")))
     if name != method.get("name"):
         method = {"name": name}
     every = {key: value for key, value in methods.get(EVERY_METHOD, {}).items() if key not in given}

@@ -20,24 +20,24 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    return _map_tensors(batch, move)
+    return map_tensors(batch, move)
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, MutableMapping):
         mapping = copy.copy(value)  # keeps the class: BatchEncoding, defaultdict, ModelOutput
         for key, item in value.items():
-            mapping[key] = _map_tensors(item, change)
+            mapping[key] = map_tensors(item, change)
         return mapping
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(item, change) for item in value))
+        return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
         for field in dataclasses.fields(value):  # past __init__ and frozen: only the tensors change
-            object.__setattr__(result, field.name, _map_tensors(getattr(value, field.name), change))
+            object.__setattr__(result, field.name, map_tensors(getattr(value, field.name), change))
         return result
     return value

@@ -50,6 +50,15 @@ class Network:
         self.theta = tuple(values.pop(name).detach().requires_grad_() for name in self.names)
         self._constants = {f"model.{name}": value for name, value in values.items()}
 
+    @property
+    def model(self) -> nn.Module:
+        """The skeleton that the function is called with: hooks may be put on its modules."""
+        return self._call.model
+
+    def constant(self, name: str) -> Tensor:
+        """The whole value of a parameter or buffer that is not among ``names``."""
+        return self._constants[f"model.{name}"]
+
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model's parameters are those taken: no optimizer step, no loading since."""
         return self._stamp == _stamp(model)

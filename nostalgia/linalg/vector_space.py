@@ -193,6 +193,13 @@ class VectorSpace:
             self.traffic.bytes += numbers.numel() * numbers.element_size()
         return numbers
 
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """Sum a tensor of any size over ranks, in place; returns it. Counted by its size in `traffic`."""
+        if self.world_size > 1:
+            dist.all_reduce(numbers, group=self.group)
+            self._count_large(numbers)
+        return numbers
+
     # -- between vectors and parameters ---------------------------------------------------------------------
 
     def gather(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -60,7 +60,9 @@ class Eigensolver:
         if state is None:
             self.unfinished = None
             return
-        rest: dict[str, Any] = {key: item.cpu() if isinstance(item, torch.Tensor) else item for key, item in state.items()}
+        rest: dict[str, Any] = {
+            key: item.cpu() if isinstance(item, torch.Tensor) else item for key, item in state.items()
+        }
         vectors, rows = rest.pop("vectors").rows, rest.pop("rows")
         self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
 

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nostalgia.curvature.shares import parameter_shares
+from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
+from nostalgia.methods.distillation import Distillation, has_earlier_heads
 from nostalgia.methods.eigensolve import Eigensolver, unconverged_note
+from nostalgia.methods.tail import TAILS, TailOptions, make_tail
+from nostalgia.models.objective import Output
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 from nostalgia.projection import CurvatureMemory, GradientProjector, MemoryUpdate
@@ -68,6 +72,22 @@ class NostalgiaConfig(EigenspaceConfig):
         choices=PROJECTIONS,
     )
     projection_start_task: int = option(2, low=1)
+    tail: str = option(
+        "none",
+        "Penalty on the rest of the spectrum, beside the projection: none, isotropic, diagonal or kronecker.",
+        choices=TAILS,
+    )
+    tail_strength: float = option(10.0, "lam of the tail's penalty.", low=0)
+    tail_samples: int = option(256, "Training images of a finished task that its tail is taken over.", low=1)
+    tail_draws: int = option(4, "Output cotangents a sample, of tail=kronecker.", low=1)
+    tail_temperature: float = option(1.0, "Of the output metric of tail=kronecker.", above=0)
+    tail_budget_bytes: int | None = option(
+        2**28,
+        "Of tail=kronecker: factors on a rank, beyond which all tasks become one pair a layer; null: never.",
+        low=0,
+    )
+    anchor: float = option(0.0, "Strength of the distillation of earlier tasks' outputs (lwf's term); 0: none.", low=0)
+    anchor_temperature: float = option(2.0, "Of the distillation's softmaxes.", above=0)
 
 
 class Eigenspace:
@@ -185,6 +205,18 @@ class Nostalgia(Method):
         super().__init__(config, seed)
         self.eigenspace = Eigenspace(config)
         self.projector: GradientProjector | None = None
+        self.tail = make_tail(
+            TailOptions(
+                config.tail,
+                config.tail_strength,
+                config.tail_samples,
+                config.tail_draws,
+                config.tail_temperature,
+                config.tail_budget_bytes,
+            )
+        )
+        self.all_heads = config.anchor > 0
+        self.distillation: Distillation | None = None
         self.num_tasks = 1
         self._fraction: Tensor | None = None
 
@@ -200,8 +232,21 @@ class Nostalgia(Method):
         self.projector, self._fraction = None, None
         if task.index >= start and self.eigenspace.memory.basis is not None:
             self.projector = GradientProjector(self.eigenspace.memory, task.parameters)
+        if self.tail is not None:
+            self.tail.begin(task)
+        self.distillation = None
+        if self.all_heads and has_earlier_heads(task.model):
+            self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Output:
+        output = super().loss(model, batch)
+        if self.distillation is not None:
+            self.distillation.add(output, batch)
+        return output
 
     def gradients(self) -> None:
+        if self.tail is not None:
+            self.tail.add_gradients(self.task)  # what of it lies in the memory's span is projected out with the rest
         if self.projector is not None:
             soft = self.config.project == "soft"
             self._fraction = self.projector.project_soft() if soft else self.projector.project_gradients()
@@ -216,7 +261,9 @@ class Nostalgia(Method):
 
     def end_task(self, task: TaskContext) -> None:
         self.eigenspace.end(task)
-        self.projector = None
+        self.projector = self.distillation = None
+        if self.tail is not None:
+            self.tail.end(task)
 
     def metrics(self) -> dict[str, float]:
         if self.projector is None:
@@ -229,7 +276,7 @@ class Nostalgia(Method):
         return self.eigenspace.plan(space, num_tasks)
 
     def bytes_remembered(self) -> int:
-        return self.eigenspace.bytes_remembered()
+        return self.eigenspace.bytes_remembered() + (0 if self.tail is None else self.tail.bytes())
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         memory = self.eigenspace.made
@@ -244,14 +291,24 @@ class Nostalgia(Method):
         return self.eigenspace.report()
 
     def note(self) -> str:
-        return self.eigenspace.note()
+        notes = (self.eigenspace.note(), "" if self.tail is None else self.tail.note)
+        return "; ".join(note for note in notes if note)
 
     def state_dict(self) -> dict[str, Any]:
-        anchor = None if self.projector is None else self.projector.whole_anchor()
-        return {**self.eigenspace.state_dict(self.task), "num_tasks": self.num_tasks, "anchor": anchor}
+        return {
+            **self.eigenspace.state_dict(self.task),
+            "num_tasks": self.num_tasks,
+            "anchor": None if self.projector is None else self.projector.whole_anchor(),
+            "tail": None if self.tail is None else self.tail.state_dict(),
+            "teacher": None if self.distillation is None else self.distillation.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_tasks = state["num_tasks"]
         self.eigenspace.load_state_dict(state, self.num_tasks)
         if self.projector is not None and state["anchor"] is not None:
             self.projector.set_anchor(state["anchor"])
+        if self.tail is not None and state["tail"] is not None:
+            self.tail.load_state_dict(state["tail"])
+        if self.distillation is not None and state["teacher"] is not None:
+            self.distillation.load_state_dict(state["teacher"])

@@ -9,12 +9,14 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nostalgia.errors import UsageError
 from nostalgia.models.backbone import Backbone
@@ -138,6 +140,54 @@ def restart_adapters(backbone: Backbone, seed: int | None) -> None:
 def merged_weights(backbone: Backbone) -> list[str]:
     """Names within the backbone of the weights that `restart_adapters` changes."""
     return [f"model.{name}.base_layer.weight" for name in _adapted_layers(backbone)]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The pair of matrices of one adapted layer: its weight is W + s B A (a convolution's as matrices o x i k k)."""
+
+    a: nn.Parameter  # (r, i), whole or a shard; (r, i, k, k) of a convolution
+    b: nn.Parameter  # (o, r); (o, r, 1, 1)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A (r, i) and B (o, r) as matrices, gathered where they are shards: a collective."""
+        a, b = (p.full_tensor() if isinstance(p, DTensor) else p for p in (self.a, self.b))
+        return a.detach().flatten(1), b.detach().flatten(1)
+
+    def add_gradients(self, of_a: Tensor, of_b: Tensor) -> None:
+        """Add whole gradients (r, i) and (o, r) to those of A and B, which may be shards or frozen."""
+        for parameter, change in ((self.a, of_a), (self.b, of_b)):
+            if parameter.requires_grad:
+                add_gradient(parameter, change.view(parameter.shape))
+
+
+@torch.no_grad()
+def add_gradient(parameter: nn.Parameter, change: Tensor) -> None:
+    """Add ``change``, whole, to the gradient of a parameter that may be a shard: no communication."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    if isinstance(parameter, DTensor):
+        mine = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.grad.to_local().add_(mine.to_local())  # type: ignore[attr-defined]
+    else:
+        parameter.grad.add_(change.to(parameter.dtype))
+
+
+def adapters_of(backbone: nn.Module) -> dict[str, Adapter]:
+    """The adapters of ``backbone`` whose B is trained, by the name of their layer; A may be frozen."""
+    parameters = dict(backbone.named_parameters())
+    found = {}
+    for name, b in parameters.items():
+        layer, mark, _ = name.partition(".lora_B.")
+        if mark and b.requires_grad:
+            found[layer] = Adapter(parameters[name.replace(".lora_B.", ".lora_A.")], b)
+    return found
+
+
+def scalings(backbone: nn.Module) -> dict[str, float]:
+    """The factor s of W + s B A of every adapted layer, by its name within ``backbone``."""
+    layers: dict[str, Any] = {n: m for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name: float(layer.scaling["default"]) for name, layer in layers.items()}
 
 
 def _adapted_layers(backbone: Backbone) -> dict[str, Any]:

@@ -96,6 +96,22 @@ def bare_module(model: nn.Module) -> nn.Module:
     return inner
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """An ordinary module in evaluation mode with copies of the whole values of what ``model`` trains, frozen.
+
+    What is frozen in ``model`` already is shared, not copied. FSDP2's shards are gathered: a collective.
+    """
+    inner = inner_module(model)
+    if is_sharded(inner):
+        reshard(inner)
+
+    def convert(tensor: Tensor) -> Tensor:
+        shared = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and not isinstance(tensor, DTensor)
+        return tensor.detach() if shared else _whole(tensor).clone()
+
+    return _Copy(convert).of(inner).requires_grad_(False).eval()
+
+
 @contextmanager
 def unpatched(model: nn.Module) -> Iterator[None]:
     """The model without Accelerate's autocast for the duration."""

@@ -1,0 +1,359 @@
+"""Kronecker-factored curvature of each layer, in weight space: the Gauss-Newton matrix with all of its spectrum.
+
+    A_l = 1/(n T) sum over samples and tokens of x x^T     (i, i), x the input of layer l
+    G_l = 1/n     sum over samples and tokens of g g^T     (o, o), g = d(u . z)/d(output of l), z the network's outputs
+
+with u drawn per sample, E u u^T = M the output metric: diag(p) - p p^T for cross-entropy with p = softmax(z / temperature),
+2 I for squared error. The layer's curvature in its weight W is then G_l (x) A_l: tr(G D A D^T) is its quadratic form
+(Martens and Grosse 2015; with the tokens of a layer as in Eschenhagen et al. 2023, "expand"). Convolutions take the patches
+they see. Parameters that are no weight of such a layer (biases, norms, embeddings) have a diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from nostalgia.curvature.base import Parameters, parameters_in_scope
+from nostalgia.curvature.batches import map_tensors, to_device
+from nostalgia.curvature.context import fix_randomness, product_context, value_dtype
+from nostalgia.curvature.layers import (
+    Layer,
+    Pass,
+    find_layers,
+    input_rows,
+    output_gradients,
+    output_rows,
+    recorded,
+    weight_of,
+)
+from nostalgia.curvature.losses import LOSSES
+from nostalgia.curvature.network import Network
+from nostalgia.data.transforms import uniform
+from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.linalg.vector_space import VectorSpace
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One layer's factors. ``parameters`` are its weight, or its adapter's A and B, by the names they were given under."""
+
+    name: str
+    inputs: Tensor  # A_l (i, i)
+    outputs: Tensor  # G_l (o, o)
+    parameters: tuple[str, ...]
+    scaling: float | None = None  # s of W + s B A; None: the weight itself
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.inputs, self.outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """Curvature by layers, the same on all ranks; an operator on the vectors of ``space`` (block-diagonal).
+
+    ``values`` are the parameters it was taken at, whole, by name: the block of an adapter depends on them.
+    """
+
+    layers: tuple[LayerFactors, ...]
+    diagonal: dict[str, Tensor]  # of every other parameter in scope, in its shape
+    values: dict[str, Tensor]
+    space: VectorSpace
+    num_samples: int
+    products: int = field(default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers) + sum(
+            d.numel() * d.element_size() for d in self.diagonal.values()
+        )
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    @torch.no_grad()
+    def matvec(self, v: Tensor) -> Tensor:
+        """The product with v (P_local,): this rank's part; one all-gather. For an adapter J^T (G (x) A) J, J the
+        Jacobian of s B A in (A, B)."""
+        parts = dict(zip(self.space.names, self.space.gather(v.to(self.space.dtype)), strict=True))
+        result = {name: self.diagonal[name] * parts[name] for name in self.diagonal}
+        for layer in self.layers:
+            result.update(self._product(layer, parts))
+        return self.space.take(result[name].to(self.space.dtype) for name in self.space.names)
+
+    def trace(self) -> float:
+        """Trace over the parameters in scope, exact for weights and diagonals, and for adapters at ``values``."""
+        total = sum(float(d.double().sum()) for d in self.diagonal.values())
+        for layer in self.layers:
+            inputs, outputs = layer.inputs.double(), layer.outputs.double()
+            if layer.scaling is None:
+                total += float(inputs.trace() * outputs.trace())
+                continue
+            a, b = self._adapter(layer)
+            a, b = a.double(), b.double()
+            through_b = (a @ inputs @ a.T).trace() * outputs.trace() if layer.parameters[-1] in self._names else 0.0
+            through_a = (b.T @ outputs @ b).trace() * inputs.trace() if layer.parameters[0] in self._names else 0.0
+            total += layer.scaling**2 * float(through_a + through_b)
+        return total
+
+    @property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.space.names)
+
+    def _adapter(self, layer: LayerFactors) -> tuple[Tensor, Tensor]:
+        a, b = (self.values[name].flatten(1) for name in layer.parameters)
+        return a, b
+
+    def _product(self, layer: LayerFactors, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        if layer.scaling is None:
+            (name,) = layer.parameters
+            yield name, (layer.outputs @ parts[name].flatten(1) @ layer.inputs).view(parts[name].shape)
+            return
+        name_a, name_b = layer.parameters
+        a, b = self._adapter(layer)
+        left, right = b.new_zeros(b.shape[0], 0), a.new_zeros(0, a.shape[1])  # s (V_B A + B V_A) as a product
+        if name_b in parts:
+            left, right = torch.cat([left, parts[name_b].flatten(1)], 1), torch.cat([right, a])
+        if name_a in parts:
+            left, right = torch.cat([left, b], 1), torch.cat([right, parts[name_a].flatten(1)])
+        left, right = layer.scaling**2 * (layer.outputs @ left), right @ layer.inputs
+        if name_a in parts:
+            yield name_a, ((b.T @ left) @ right).view(parts[name_a].shape)
+        if name_b in parts:
+            yield name_b, (left @ (right @ a.T)).view(parts[name_b].shape)
+
+
+@torch.no_grad()
+def kronecker_factors(
+    model: nn.Module,
+    forward_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
+    parameters: Parameters = None,
+    accelerator: Accelerator | None = None,
+    *,
+    draws: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+    loss: str = "cross_entropy",
+    exact: bool = False,
+    precision: str = "float32",
+    space: VectorSpace | None = None,
+) -> KroneckerFactors:
+    """Kronecker factors of the mean loss over the samples of all ranks.
+
+    ``forward_fn(model, batch) -> (logits, targets)``, logits (B, C), as for `GGNOperator`. ``batches`` is this rank's share
+    (shares follow each other in the order of ranks), possibly empty; ``parameters`` (default all that require a gradient)
+    as for the operators. ``draws`` output cotangents a sample; ``exact`` takes all columns of a root of M instead.
+    ``temperature`` softens p, which keeps samples alive that are already fitted. The model is seen in evaluation mode and
+    not touched; under FSDP2 its parameters are gathered for the pass. One pass of ``draws`` backward passes to the layers'
+    outputs, one all-reduce. For a seed the result is the same on any number of ranks and batch sizes, to rounding.
+
+    Raises UsageError for settings that cannot work and for no samples; RunFailedError for factors that are not finite.
+
+    Example::
+
+        factors = kronecker_factors(model, lambda m, b: (m(b[0]), b[1]), [(images, labels)])
+        memory = KroneckerMemory(strength=10.0)
+        memory.update(factors, dict(model.named_parameters()))
+    """
+    if draws < 1 or not temperature > 0 or loss not in LOSSES:
+        raise UsageError(
+            f"draws={draws}, temperature={temperature}, loss={loss!r}: allowed are draws >= 1, temperature > 0, "
+            f"loss {' or '.join(LOSSES)}"
+        )
+    scope = parameters_in_scope(model, parameters)
+    given = _given_names(parameters, scope)
+    first = next(iter(scope.values()))
+    device = accelerator.device if accelerator is not None else first.device
+    dtype = value_dtype(precision, first.dtype)
+    network = Network(model, forward_fn, tuple(scope), device, dtype)
+    layers, rest = find_layers(network)
+    space = space or VectorSpace.of({given[name]: p for name, p in scope.items()}, dtype=dtype, device=device)
+    batches = list(batches)
+    before, total = _sample_numbers(batches, space)
+    sums = _Sums(layers, network, rest)
+    metric = _Metric(loss, temperature, draws, seed, exact)
+    with product_context(precision, device), recorded({layer.name: layer.module for layer in layers}) as take:
+        for index, batch in enumerate(batches):
+            fix_randomness(index, device)
+            moved = to_device(batch, device, dtype)
+            take()
+            with torch.enable_grad():
+                outputs, targets = network(network.theta, moved)
+            passed = Pass(outputs, targets, *take())
+            cotangents = metric.cotangents(outputs.detach(), before)
+            before += len(outputs)
+            sums.add(passed, cotangents)
+            sums.add_rest(moved, cotangents)
+    return sums.finish(total, given, space)
+
+
+class _Metric:
+    """Draws output cotangents u, E u u^T = M, as a function of the seed, the sample's number and the draw."""
+
+    def __init__(self, loss: str, temperature: float, draws: int, seed: int, exact: bool) -> None:
+        self.loss, self.temperature, self.draws, self.seed, self.exact = loss, temperature, draws, seed, exact
+
+    def cotangents(self, logits: Tensor, first: int) -> list[Tensor]:
+        """``draws`` tensors (B, C) whose squares average to M; samples are numbered from ``first``."""
+        count, classes = logits.shape
+        if self.exact:
+            eye = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+            return [self._rooted(logits, eye[c].expand(count, classes)) for c in range(classes)]
+        numbers = torch.arange(first, first + count, device=logits.device)
+        scale = self.draws**-0.5
+        signs = (
+            torch.where(uniform(self.seed + 7919 * draw, 0, numbers, classes) < 0.5, -1.0, 1.0).to(logits.dtype)
+            for draw in range(self.draws)
+        )
+        return [scale * self._rooted(logits, z) for z in signs]
+
+    def _rooted(self, logits: Tensor, z: Tensor) -> Tensor:
+        """R z with R R^T = M: R = diag(p)^(1/2) - p (p^(1/2))^T, or 2^(1/2) I."""
+        if self.loss == "mse":
+            return 2**0.5 * z
+        root = (logits / self.temperature).softmax(dim=1).sqrt()
+        return root * z - root.square() * (root * z).sum(dim=1, keepdim=True)
+
+
+class _Sums:
+    """Sums of factors over this rank's samples."""
+
+    def __init__(self, layers: list[Layer], network: Network, rest: list[str]) -> None:
+        self.layers, self.network, self.rest = layers, network, rest
+        options: dict[str, Any] = {"dtype": network.dtype, "device": network.device}
+        shapes = {layer.name: weight_of(layer.base).flatten(1).shape for layer in layers}
+        self.inputs = {name: torch.zeros(i, i, **options) for name, (_, i) in shapes.items()}
+        self.outputs = {name: torch.zeros(o, o, **options) for name, (o, _) in shapes.items()}
+        theta = dict(zip(network.names, network.theta, strict=True))
+        self.diagonal = {name: torch.zeros_like(theta[name]) for name in rest}
+
+    def add(self, passed: Pass, cotangents: list[Tensor]) -> None:
+        for layer in self.layers:
+            x = input_rows(layer.base, passed.inputs[layer.name]).to(self.network.dtype)
+            rows = x.flatten(0, 1) / x.shape[1] ** 0.5  # the mean over tokens, the sum over samples
+            self.inputs[layer.name].addmm_(rows.T, rows)
+        for number, u in enumerate(cotangents):
+            last = number == len(cotangents) - 1
+            found = output_gradients(passed, u, (layer.name for layer in self.layers), retain=not last)
+            for layer in self.layers:
+                if layer.name in found:
+                    g = output_rows(layer.base, found[layer.name]).flatten(0, 1).to(self.network.dtype)
+                    self.outputs[layer.name].addmm_(g.T, g)
+
+    def add_rest(self, batch: Any, cotangents: list[Tensor]) -> None:
+        """Squared gradients of single samples in the parameters that no layer holds; the first half of the draws is enough."""
+        if not self.rest:
+            return
+        chosen = cotangents if len(cotangents) < 2 else cotangents[: (len(cotangents) + 1) // 2]
+        scale = len(cotangents) / len(chosen)
+        for number in range(len(cotangents[0])):
+            one = _row(batch, number)
+            with torch.enable_grad():
+                outputs, _ = self.network(self.network.theta, one)
+            theta = dict(zip(self.network.names, self.network.theta, strict=True))
+            targets = [theta[name] for name in self.rest]
+            for u in chosen:
+                found = torch.autograd.grad(
+                    outputs,
+                    targets,
+                    u[number : number + 1],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for name, gradient in zip(self.rest, found, strict=True):
+                    self.diagonal[name].addcmul_(gradient, gradient, value=scale)
+
+    def finish(self, total: int, given: Mapping[str, str], space: VectorSpace) -> KroneckerFactors:
+        tensors = [*self.inputs.values(), *self.outputs.values(), *self.diagonal.values()]
+        flat = torch.cat([t.flatten() for t in tensors])
+        flat = space.sum_over_ranks(flat).div_(total)
+        if not bool(torch.isfinite(flat).all()):
+            raise RunFailedError(
+                "Kronecker factors are not finite: activations or gradients overflow at these parameters; try "
+                "curvature.precision=float64 or a smaller train.lr"
+            )
+        parts = iter(
+            [p.view(t.shape).clone() for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+        )
+        inputs = {name: next(parts) for name in self.inputs}
+        outputs = {name: next(parts) for name in self.outputs}
+        diagonal = {given[name]: next(parts) for name in self.diagonal}
+        values = {
+            given[name]: value.detach() for name, value in zip(self.network.names, self.network.theta, strict=True)
+        }
+        layers = []
+        for layer in self.layers:
+            names = layer.parameters
+            if layer.scaling is not None and len(names) == 1:  # A is frozen: a constant of the network
+                frozen = names[0].replace(".lora_B.", ".lora_A.")
+                values[frozen] = self.network.constant(frozen)
+                given = {**given, frozen: frozen}
+                names = (frozen, names[0])
+            named = tuple(given[name] for name in names)
+            layers.append(
+                LayerFactors(
+                    layer.name, _symmetric(inputs[layer.name]), _symmetric(outputs[layer.name]), named, layer.scaling
+                )
+            )
+        kept = {
+            name: values[name].clone() for layer in layers if layer.scaling is not None for name in layer.parameters
+        }
+        return KroneckerFactors(tuple(layers), diagonal, kept, space, total)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def _given_names(parameters: Parameters, scope: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The names under which the parameters were given, by their names in the model."""
+    if not isinstance(parameters, Mapping):
+        return {name: name for name in scope}
+    by_id = {id(p): name for name, p in parameters.items()}
+    return {name: by_id[id(p)] for name, p in scope.items()}
+
+
+def _sample_numbers(batches: list[Any], space: VectorSpace) -> tuple[int, int]:
+    """The number of samples of the ranks before this one, and of all; one small all-reduce."""
+    counts = torch.zeros(space.world_size, dtype=torch.float64, device=space.device)
+    counts[space.rank] = sum(_size(batch) for batch in batches)
+    space.all_reduce(counts)
+    if float(counts.sum()) == 0:
+        raise UsageError("Kronecker factors of no samples; give at least one")
+    return int(counts[: space.rank].sum()), int(counts.sum())
+
+
+def _size(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    return len(_tensors(batch)[0])
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    if isinstance(batch, Tensor):
+        return [batch]
+    items = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else vars(batch).values()
+    )
+    for item in items:
+        if isinstance(item, (Tensor, Mapping, list, tuple)):
+            found += _tensors(item)
+    return found
+
+
+def _row(batch: Any, number: int) -> Any:
+    """The batch of one sample: row ``number`` of each of its tensors."""
+    return map_tensors(batch, lambda t: t[number : number + 1])

@@ -1,0 +1,159 @@
+"""Gradient projection memory: each layer's weights move only across the inputs of earlier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from nostalgia.methods.base import Method, TaskContext
+from nostalgia.models.task_model import TaskModel
+from nostalgia.options import option
+from nostalgia.parallel.tensors import world_size
+
+
+@dataclass(frozen=True)
+class GpmConfig:
+    threshold: float = option(
+        0.97, "Share of a layer's squared inputs that its span must hold; 0: nothing.", low=0, high=1
+    )
+    num_samples: int = option(256, "Training images of a finished task that its inputs are taken of.", low=1)
+    others: str = option(
+        "freeze", "Biases, norms and whatever has no inputs of its own, after task 1.", choices=("freeze", "free")
+    )
+
+
+class Gpm(Method):
+    """dW <- dW (I - M M^T) for the optimizer's step dW of each layer, M an orthonormal basis of its inputs in earlier tasks.
+
+    After a task the residual of its inputs outside M adds its leading directions, until M holds ``threshold`` of their
+    squares. Saha, Garg and Roy 2021, https://arxiv.org/abs/2103.09762; on the step, as Adam-NSCL (Wang et al. 2021) has it,
+    since Adam's step leaves the projected gradient's space. LoRA's A and B are linear layers of their own; convolutions
+    take the patches they see. Remembers at most i x i numbers a layer of i inputs.
+    """
+
+    name = "gpm"
+    Config = GpmConfig
+    strengths = (0.9, 0.95, 0.97, 0.99, 0.999)
+    strength_option = "threshold"
+
+    def __init__(self, config: GpmConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        self.spans: dict[str, Tensor] = {}  # name of a weight in scope -> (i, m) orthonormal columns
+
+    @torch.no_grad()
+    def step(self, optimizer: Optimizer) -> None:
+        if not self.spans:
+            optimizer.step()
+            return
+        local = {name: _local(p) for name, p in self.task.parameters.items()}
+        before = {name: tensor.clone() for name, tensor in local.items()}
+        optimizer.step()
+        for name, tensor in local.items():
+            if name in self.spans:
+                change = (tensor - before[name]).flatten(1)
+                span = self.spans[name]
+                tensor.copy_(before[name] + (change - (change @ span) @ span.T).view(tensor.shape))
+            elif self.config.others == "freeze":
+                tensor.copy_(before[name])
+
+    @torch.no_grad()
+    def end_task(self, task: TaskContext) -> None:
+        if self.config.threshold == 0:
+            return
+        moments = self._input_moments(task)
+        for name, moment in moments.items():
+            self.spans[name] = grown_span(self.spans.get(name), moment, self.config.threshold)
+
+    def _input_moments(self, task: TaskContext) -> dict[str, Tensor]:
+        """X X^T (i, i) in float64 of each layer's inputs X over the samples of all ranks."""
+        model = task.model
+        assert isinstance(model, TaskModel)
+        layers = dict(layers_of(model.backbone, task.parameters))
+        moments = {name: torch.zeros(_inputs(m), _inputs(m), dtype=torch.float64) for name, m in layers.items()}
+        moments = {name: m.to(task.accelerator.device) for name, m in moments.items()}
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, arguments: Any) -> None:
+                x = input_rows(module, arguments[0]).double()
+                moments[name] += x.T @ x
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            for batch in task.samples(self.config.num_samples):
+                model(batch.images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes:
+                module.training = mode
+        return {name: task.accelerator.reduce(moment, "sum") for name, moment in moments.items()}
+
+    def metrics(self) -> dict[str, float]:
+        if not self.spans:
+            return {}
+        return {
+            "span_share": sum(s.shape[1] for s in self.spans.values()) / sum(s.shape[0] for s in self.spans.values())
+        }
+
+    def bytes_remembered(self) -> int:
+        return world_size() * sum(span.numel() * span.element_size() for span in self.spans.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spans": self.spans}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.spans = dict(state["spans"])
+
+
+def layers_of(backbone: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
+    """The linear and (ungrouped) convolution layers whose weight is in scope, by the weight's name."""
+    for name, module in backbone.named_modules():
+        fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if fits and f"{name}.weight" in parameters:
+            yield f"{name}.weight", module
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's inputs as rows (n, i): tokens of a linear layer, patches of a convolution."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+def grown_span(span: Tensor | None, moment: Tensor, threshold: float) -> Tensor:
+    """``span`` (i, m) and leading directions of ``moment`` (i, i) outside it, until it holds ``threshold`` of the trace."""
+    size = moment.shape[0]
+    held = moment.new_zeros(size, 0) if span is None else span.to(moment.dtype)
+    outside = torch.eye(size, dtype=moment.dtype, device=moment.device) - held @ held.T
+    total = moment.trace()
+    values, vectors = torch.linalg.eigh(outside @ moment @ outside)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    share = ((held.T @ moment @ held).trace() + torch.cat([values.new_zeros(1), values.cumsum(0)])) / total
+    needed = int((share < threshold).sum())
+    needed = min(needed, size - held.shape[1])
+    grown, _ = torch.linalg.qr(torch.cat([held, vectors[:, :needed]], dim=1))
+    dtype = torch.float32 if span is None else span.dtype
+    return grown.to(dtype)
+
+
+def _inputs(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight[0].numel()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -1,0 +1,90 @@
+"""Kronecker-factored curvature as a penalty in weight space, with no eigensolve, and anchored outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nostalgia.data.stream import Batch
+from nostalgia.methods.base import Method, TaskContext
+from nostalgia.methods.distillation import Distillation, has_earlier_heads
+from nostalgia.methods.tail import TailOptions, make_tail
+from nostalgia.models.objective import Output
+from nostalgia.options import option
+
+
+@dataclass(frozen=True)
+class KroneckerConfig:
+    strength: float = option(10.0, "lam of lam/2 sum tr(G D A D^T).", low=0)
+    num_samples: int = option(256, "Training images of a finished task that its factors are taken over.", low=1)
+    draws: int = option(4, "Output cotangents a sample.", low=1)
+    temperature: float = option(1.0, "Of the softmax whose Gauss-Newton matrix is the output metric.", above=0)
+    budget_bytes: int | None = option(
+        2**28, "Factors on a rank, beyond which all tasks become one pair a layer; null: never.", low=0
+    )
+    anchor: float = option(1.0, "Strength of the distillation of earlier tasks' outputs; 0: none.", low=0)
+    anchor_temperature: float = option(2.0, "Of the distillation's softmaxes.", above=0)
+
+
+class Kronecker(Method):
+    """lam/2 sum_t sum_l tr(G_tl D_l A_tl D_l^T) + anchor sum_{u<t} T^2 KL(softmax(z_u^old / T) || softmax(z_u / T)).
+
+    D_l is the change of layer l's weight since the end of the last task (s (B A - B* A*) of an adapter), A_t and G_t the
+    Kronecker factors of a finished task's Gauss-Newton matrix (Martens and Grosse 2015; as a penalty: Ritter et al. 2018,
+    https://arxiv.org/abs/1805.07810), the second term learning without forgetting's. Remembers i^2 + o^2 numbers a layer
+    and task.
+    """
+
+    name = "kronecker"
+    Config = KroneckerConfig
+    strengths = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+    def __init__(self, config: KroneckerConfig, seed: int = 0) -> None:
+        super().__init__(config, seed)
+        options = ("strength", "num_samples", "draws", "temperature", "budget_bytes")
+        self.tail = make_tail(TailOptions(**{name: getattr(config, name) for name in options}))
+        self.all_heads = config.anchor > 0
+        self.distillation: Distillation | None = None
+
+    def begin_task(self, task: TaskContext) -> None:
+        if self.tail is not None:
+            self.tail.begin(task)
+        self.distillation = None
+        if self.all_heads and has_earlier_heads(task.model):
+            self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Output:
+        output = super().loss(model, batch)
+        if self.distillation is not None:
+            self.distillation.add(output, batch)
+        return output
+
+    def gradients(self) -> None:
+        if self.tail is not None:
+            self.tail.add_gradients(self.task)
+
+    def end_task(self, task: TaskContext) -> None:
+        self.distillation = None
+        if self.tail is not None:
+            self.tail.end(task)
+
+    def bytes_remembered(self) -> int:
+        return 0 if self.tail is None else self.tail.bytes()
+
+    def note(self) -> str:
+        return "" if self.tail is None else self.tail.note
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "tail": None if self.tail is None else self.tail.state_dict(),
+            "teacher": None if self.distillation is None else self.distillation.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.tail is not None:
+            self.tail.load_state_dict(state["tail"])
+        if self.distillation is not None and state["teacher"] is not None:
+            self.distillation.load_state_dict(state["teacher"])

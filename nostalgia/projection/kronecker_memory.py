@@ -1,0 +1,259 @@
+"""A quadratic penalty on weight changes by the Kronecker factors of finished tasks.
+
+    R(theta) = strength/2 sum_t sum_l tr(G_tl D_l A_tl D_l^T)  +  strength/2 sum_t sum_i h_ti (theta_i - theta*_i)^2
+
+D_l is the change of layer l's weight since the reference point, the end of the latest task: W - W*, or s (B A - B* A*) of an
+adapter. In weight space the penalty sees dB dA, to which a quadratic form in (A, B) is blind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nostalgia.curvature.kronecker import KroneckerFactors
+from nostalgia.errors import UsageError
+from nostalgia.models.adapters import add_gradient
+
+
+@dataclass
+class LayerTerms:
+    """The terms of one layer, one a task or one for all; ``parameters`` and ``scaling`` as in `LayerFactors`."""
+
+    inputs: Tensor  # (terms, i, i)
+    outputs: Tensor  # (terms, o, o)
+    parameters: tuple[str, ...]
+    scaling: float | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.inputs, self.outputs))
+
+
+@dataclass(frozen=True)
+class KroneckerUpdate:
+    """What a finished task did to the memory."""
+
+    tasks: int
+    merged: bool  # several tasks into one pair of factors a layer
+    error: float  # relative error of that, in the Frobenius norm over all layers; 0.0 where exact
+    num_bytes: int
+
+
+class KroneckerMemory:
+    """Factors of finished tasks, and the penalty they make.
+
+    Tasks are kept apart, and the penalty is exact, while their factors fit in ``budget_bytes`` (None: always); beyond that
+    each layer's terms become the one pair G (x) A closest to their sum (Van Loan and Pitsianis 1993). Every rank holds
+    all of it.
+    """
+
+    def __init__(self, strength: float = 1.0, budget_bytes: int | None = None) -> None:
+        if not strength >= 0:
+            raise UsageError(f"strength={strength}: allowed is 0 or more")
+        self.strength, self.budget_bytes, self.tasks = strength, budget_bytes, 0
+        self.layers: dict[str, LayerTerms] = {}
+        self.diagonal: dict[str, Tensor] = {}  # summed over tasks, in parameter shape
+        self.reference: dict[str, Tensor] = {}  # parameters at the reference point; shards where they are trained so
+
+    @property
+    def num_bytes(self) -> int:
+        """On each rank, the reference point included."""
+        kept = [*self.diagonal.values(), *self.reference.values()]
+        return sum(layer.num_bytes for layer in self.layers.values()) + sum(t.numel() * t.element_size() for t in kept)
+
+    @torch.no_grad()
+    def update(self, factors: KroneckerFactors, parameters: Mapping[str, nn.Parameter]) -> KroneckerUpdate:
+        """Take in a finished task's factors; ``parameters`` are as the task ended, the new reference point."""
+        self.tasks += 1
+        for layer in factors.layers:
+            new = LayerTerms(layer.inputs[None], layer.outputs[None], layer.parameters, layer.scaling)
+            old = self.layers.get(layer.name)
+            if old is not None:
+                new.inputs, new.outputs = torch.cat([old.inputs, new.inputs]), torch.cat([old.outputs, new.outputs])
+            self.layers[layer.name] = new
+        for name, diagonal in factors.diagonal.items():
+            self.diagonal[name] = diagonal if name not in self.diagonal else self.diagonal[name] + diagonal
+        self.anchor(parameters)
+        size, error, merged = sum(layer.num_bytes for layer in self.layers.values()), 0.0, False
+        if (
+            self.budget_bytes is not None
+            and size > self.budget_bytes
+            and any(len(t.inputs) > 1 for t in self.layers.values())
+        ):
+            merged, error = True, self._merge()
+        return KroneckerUpdate(self.tasks, merged, error, self.num_bytes)
+
+    @torch.no_grad()
+    def anchor(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let the reference point be ``parameters`` as they are now."""
+        self.reference = {name: parameters[name].detach().clone() for name in self._names()}
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Add the penalty's gradient to those of ``parameters``, whole or FSDP2's shards; strength 0 leaves them untouched.
+
+        An adapter's costs 4 d^2 r a term: no matrix of the weight's size is made.
+        """
+        if self.strength == 0:
+            return
+        for layer in self.layers.values():
+            if layer.scaling is None:
+                (name,) = layer.parameters
+                change = self._change(name, parameters).flatten(1)
+                force = (layer.outputs @ change @ layer.inputs).sum(dim=0)
+                add_gradient(parameters[name], self.strength * force.view(parameters[name].shape))
+                continue
+            (a, b), (left, right) = self._adapter(layer, parameters)
+            weighted = self.strength * layer.scaling**2 * (layer.outputs @ left)  # (terms, o, 2r)
+            through = right @ layer.inputs  # (terms, 2r, i)
+            name_a, name_b = layer.parameters
+            if parameters[name_a].requires_grad:
+                of_a = ((b.T @ weighted) @ through).sum(dim=0)
+                add_gradient(parameters[name_a], of_a.view(parameters[name_a].shape))
+            of_b = (weighted @ (through @ a.T)).sum(dim=0)
+            add_gradient(parameters[name_b], of_b.view(parameters[name_b].shape))
+        for name, diagonal in self.diagonal.items():
+            add_gradient(parameters[name], self.strength * diagonal * self._change(name, parameters))
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """R at ``parameters`` (0-dim), differentiable in them where they are plain tensors."""
+        changes = {}
+        for layer in self.layers.values():
+            if layer.scaling is None:
+                changes[layer.parameters[0]] = self._change(layer.parameters[0], parameters)
+        changes.update({name: self._change(name, parameters) for name in self.diagonal})
+        total = self._quadratic(changes)
+        for layer in self.layers.values():
+            if layer.scaling is not None:
+                _, (left, right) = self._adapter(layer, parameters)
+                total = total + layer.scaling**2 * _form(layer, left, right)
+        return 0.5 * self.strength * total
+
+    def quadratic(self, d: Mapping[str, Tensor]) -> Tensor:
+        """sum tr(G D A D^T) (0-dim) of changes ``d`` of weights and other parameters, by name; an adapter's layer by its
+        layer's name, with D (o, i) the change of its weight."""
+        total = self._quadratic({name: change for name, change in d.items() if name not in self.layers})
+        for name, change in d.items():
+            if name in self.layers:
+                layer = self.layers[name]
+                flat = change.flatten(1)
+                total = total + ((layer.outputs @ flat @ layer.inputs) * flat).sum()
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and plain values."""
+        layers = {
+            name: {
+                "inputs": layer.inputs,
+                "outputs": layer.outputs,
+                "parameters": list(layer.parameters),
+                "scaling": layer.scaling,
+            }
+            for name, layer in self.layers.items()
+        }
+        return {"tasks": self.tasks, "layers": layers, "diagonal": self.diagonal, "reference": self.reference}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; the reference point lies as the present one does, if there is one."""
+        self.tasks = state["tasks"]
+        self.layers = {
+            name: LayerTerms(kept["inputs"], kept["outputs"], tuple(kept["parameters"]), kept["scaling"])
+            for name, kept in state["layers"].items()
+        }
+        self.diagonal = dict(state["diagonal"])
+        present, self.reference = self.reference, {}
+        for name, value in state["reference"].items():
+            like = present.get(name)
+            if isinstance(like, DTensor) and not isinstance(value, DTensor):
+                value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+            self.reference[name] = value
+
+    def _names(self) -> list[str]:
+        return [name for layer in self.layers.values() for name in layer.parameters] + list(self.diagonal)
+
+    def _change(self, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Whole change of a parameter since the reference point; a gather where it is a shard."""
+        now, then = parameters[name], self.reference[name]
+        if isinstance(now, DTensor) and not isinstance(then, DTensor):
+            return now.full_tensor() - then
+        change = now - then
+        return change.full_tensor() if isinstance(change, DTensor) else change
+
+    def _adapter(
+        self, layer: LayerTerms, parameters: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A (r, i) and B (o, r), and B A - B* A* = [B, -B*] [A; A*] as a product of (o, 2r) and (2r, i)."""
+        (a, b), (a0, b0) = (
+            tuple(_whole(source[name]).flatten(1) for name in layer.parameters)
+            for source in (parameters, self.reference)
+        )
+        return (a, b), (torch.cat([b, -b0], dim=1), torch.cat([a, a0]))
+
+    def _quadratic(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Of weights and other parameters, by their own names."""
+        weights = {layer.parameters[0]: layer for layer in self.layers.values() if layer.scaling is None}
+        total = torch.zeros((), dtype=torch.float64)
+        for name, change in changes.items():
+            if name in weights:
+                flat = change.flatten(1)
+                term = ((weights[name].outputs @ flat @ weights[name].inputs) * flat).sum()
+            else:
+                term = (self.diagonal[name] * change.square()).sum()
+            total = total.to(term.device) + term.double()
+        return total
+
+    def _merge(self) -> float:
+        """Replace each layer's terms by one; returns the relative error over all layers."""
+        lost = kept = 0.0
+        for layer in self.layers.values():
+            layer.inputs, layer.outputs, squared_error, squared = nearest_pair(layer.inputs, layer.outputs)
+            lost, kept = lost + squared_error, kept + squared
+        return (lost / kept) ** 0.5 if kept else 0.0
+
+
+def nearest_pair(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, float, float]:
+    """The pair G (1, o, o), A (1, i, i) closest to sum_t G_t (x) A_t in the Frobenius norm.
+
+    Of ``outputs`` (t, o, o) and ``inputs`` (t, i, i), positive semi-definite, both within their spans (t small): the leading
+    singular pair of a t x t problem. Returns the squared error and the squared norm as well.
+    """
+    flat_a, flat_g = inputs.double().flatten(1), outputs.double().flatten(1)
+    gram_a, gram_g = flat_a @ flat_a.T, flat_g @ flat_g.T  # (t, t)
+    norm = float((gram_a * gram_g).sum())
+    # sum_t g_t a_t^T has the singular values of R_g R_a^T, with R^T R the Gram matrices.
+    root_a, root_g = _root(gram_a), _root(gram_g)
+    left, singular, right = torch.linalg.svd(root_g @ root_a)
+    if norm <= 0 or float(singular[0]) == 0:
+        return inputs[:1] * 0, outputs[:1] * 0, 0.0, 0.0
+    # g = sum_t (root_a right_1)_t g_t / |.|: non-negative combinations keep both positive semi-definite.
+    coefficients_g, coefficients_a = root_a @ right[0], root_g @ left[:, 0]
+    g = torch.einsum("t,toi->oi", coefficients_g, outputs.double())
+    a = torch.einsum("t,toi->oi", coefficients_a, inputs.double())
+    scale = float(singular[0]) / float(g.norm() * a.norm())
+    sign = 1.0 if float(g.trace()) >= 0 else -1.0
+    g, a = sign * g * scale**0.5, sign * a * scale**0.5
+    error = max(norm - float(singular[0]) ** 2, 0.0)
+    return a[None].to(inputs.dtype), g[None].to(outputs.dtype), error, norm
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+
+
+def _form(layer: LayerTerms, left: Tensor, right: Tensor) -> Tensor:
+    """sum_t tr(G_t L R A_t R^T L^T) (0-dim, float64) of L (o, 2r), R (2r, i)."""
+    inner = left.T @ layer.outputs @ left  # (terms, 2r, 2r)
+    outer = right @ layer.inputs @ right.T
+    return (inner * outer.transpose(-1, -2)).sum().double()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
