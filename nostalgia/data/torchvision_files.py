@@ -48,6 +48,9 @@ SETS: dict[str, FileSet] = {
     "Caltech256": FileSet("caltech256/256_ObjectCategories", "caltech256/256_ObjectCategories.tar", WHOLE),
 }
 
+#: Where a system's package puts a data set's own files.
+SYSTEM = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}
+
 
 def lives_in(entry: Entry, root: Path, folder: Path) -> bool:
     """Whether what lies in ``folder`` is torchvision's, and to be read as such."""
@@ -68,6 +71,9 @@ def load(entry: Entry, root: Path, val_fraction: float, download: bool) -> tuple
     found = _home(entry, files, root)
     where = found or root
     label = f"torchvision {entry.torchvision} in {where}"
+    installed = SYSTEM.get(entry.torchvision)
+    if found is None and installed is not None and has_idx(installed):
+        return idx(entry, installed, val_fraction, kind="package"), ""
     if found is None and not download:
         return None, f"{label}: not there"
     if has_idx(where / files.folder):  # MNIST's own files: also where they are still packed
