@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.glyphs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--fonts", type=Path, default=FONTS, help="default: %(default)s")
-    parser.add_argument("--per-class", type=int, default=75, help="training images a letter, at most; default: %(default)s")
+    parser.add_argument(
+        "--per-class", type=int, default=75, help="training images a letter, at most; default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     fonts = sorted(p for ending in ("*.ttf", "*.otf", "*.pfb", "*.t1") for p in options.fonts.rglob(ending))
     if not fonts:

@@ -231,7 +231,9 @@ def complete_method(config: Config) -> None:
     kind = method_class(name)
     known = {item.name for item in kind.Config.__dataclass_fields__.values()}
     every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
-    options = make_method(name, {**given, **every}, config.experiment.seed).config
+    method = make_method(name, {**given, **every}, config.experiment.seed)
+    method.check(len(task_specs(config)), curvature_options(config))
+    options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
 
 

@@ -121,6 +121,9 @@ class Method:
         self.config, self.seed = config, seed
         self.task: TaskContext = None  # type: ignore[assignment]
 
+    def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
+        """Raise UsageError, before anything is loaded, for options that cannot work in a run of ``num_tasks``."""
+
     def begin_task(self, task: TaskContext) -> None:
         """Before the first step. Called again when a run resumes within the task, see `load_state_dict`."""
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
-from nostalgia.errors import RunFailedError
+from nostalgia.curvature.eigenspace import CurvatureOptions, task_operator, top_eigenpairs
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
 from nostalgia.methods.base import TaskContext
@@ -65,6 +65,13 @@ class Eigensolver:
         }
         vectors, rows = rest.pop("vectors").rows, rest.pop("rows")
         self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
+
+
+def check_eigensolve(k: int, options: CurvatureOptions) -> None:
+    """Raise UsageError for limits under which ``k`` pairs cannot be found."""
+    for name, value, least in (("max_basis", options.max_basis, k + 2), ("max_products", options.max_products, k)):
+        if value is not None and value < least:
+            raise UsageError(f"curvature.{name}={value}: allowed with method.top_k={k} is {least} or more")
 
 
 def unconverged_note(pairs: Eigenpairs) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
@@ -18,7 +19,7 @@ from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.distillation import Distillation, has_earlier_heads
-from nostalgia.methods.eigensolve import Eigensolver, unconverged_note
+from nostalgia.methods.eigensolve import Eigensolver, check_eigensolve, unconverged_note
 from nostalgia.methods.tail import TAILS, TailOptions, make_tail
 from nostalgia.models.objective import Output
 from nostalgia.options import option
@@ -220,17 +221,20 @@ class Nostalgia(Method):
         self.num_tasks = 1
         self._fraction: Tensor | None = None
 
+    def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
+        check_eigensolve(self.config.top_k, curvature)
+        start = self.config.projection_start_task
+        if start > max(num_tasks, 2):
+            raise UsageError(
+                f"method.projection_start_task={start}, but there are {num_tasks} tasks: nothing would be projected; "
+                f"allowed is 1 to {max(num_tasks, 2)}, or use method=finetune"
+            )
+
     def begin_task(self, task: TaskContext) -> None:
         self.num_tasks = task.num_tasks
-        start = self.config.projection_start_task
-        if start > max(task.num_tasks, 2):
-            raise UsageError(
-                f"method.projection_start_task={start}, but there are {task.num_tasks} tasks: nothing would be projected; "
-                f"allowed is 1 to {max(task.num_tasks, 2)}, or use method=finetune"
-            )
         self.eigenspace.begin(task)
         self.projector, self._fraction = None, None
-        if task.index >= start and self.eigenspace.memory.basis is not None:
+        if task.index >= self.config.projection_start_task and self.eigenspace.memory.basis is not None:
             self.projector = GradientProjector(self.eigenspace.memory, task.parameters)
         if self.tail is not None:
             self.tail.begin(task)

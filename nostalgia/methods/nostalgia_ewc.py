@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
+from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.nostalgia import Eigenspace, EigenspaceConfig
 from nostalgia.methods.vectors import gradients_of
 from nostalgia.options import option
@@ -41,6 +43,9 @@ class NostalgiaEwc(Method):
         self.eigenspace = Eigenspace(config)
         self.num_tasks = 1
         self.center: Tensor | None = None  # (P_local,) in the memory's space
+
+    def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
+        check_eigensolve(self.config.top_k, curvature)
 
     def begin_task(self, task: TaskContext) -> None:
         self.num_tasks = task.num_tasks

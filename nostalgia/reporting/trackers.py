@@ -1,7 +1,7 @@
 """What a run records, through Accelerate's tracker interface: CSV, TensorBoard, Weights & Biases.
 
 One naming scheme for all trackers: ``train/loss``, ``val/accuracy/<task>``, ``eval/accuracy/<task>``,
-``curvature/<task>/eigenvalue_<i>``, ``nostalgia/leak``, ``memory/rank<r>/gpu_mb``. A tracker that fails says
+``curvature/<task>/eigenvalue_<i>``, ``method/leak``, ``memory/rank<r>/gpu_mb``. A tracker that fails says
 so in one line and is left out from then on: no measurement is worth the training it was to watch.
 """
 

@@ -192,7 +192,7 @@ def check_forgetting() -> dict[str, dict[str, Any]]:
         numbers = {name: value for name, value in vars(row).items() if isinstance(value, float)}
         expansion = prediction.expansions["one"]
         shares = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, space)
-        assert all(t.shape == (space.local_size,) for t in prediction.tensors().values())
+        assert all(rows.shape == (2, space.local_size) for rows in prediction.vectors.values())
         found[wrap] = {**numbers, "rest": expansion.rest, "gradient": expansion.gradient_norm, "first": shares[0]}
     return found
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from nostalgia.training.task_model import TaskModel
 
 from nostalgia.config import parse as parse_training
 from nostalgia.config import save
@@ -19,6 +18,7 @@ from nostalgia.evaluation.accuracy import evaluate
 from nostalgia.evaluation.per_class import evaluate_classes
 from nostalgia.experiment.remeasure import _chosen, _folder_task
 from nostalgia.models import make_head
+from nostalgia.models.task_model import TaskModel
 from tests.unit.data.trees import write_tree
 
 

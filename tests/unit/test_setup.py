@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from accelerate import Accelerator
-from nostalgia.experiment.setup import load_tasks, task_loader
 
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
+from nostalgia.errors import UsageError
+from nostalgia.experiment.components import complete_method, load_tasks, task_loader
 
 
 def test_tasks_trained_together_keep_their_own_augmentation() -> None:
@@ -22,3 +24,43 @@ def test_tasks_trained_together_keep_their_own_augmentation() -> None:
     assert together.augmentation.policies == ("flip", "none")
     chosen = parse([*words, "dataset.augment=shift"]).config
     assert task_loader(chosen, accelerator, view, tasks, train=True).augmentation.policies == ("shift", "shift")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nostalgia.top_k=0"], "method.top_k=0: allowed is a finite number, 1 or more"),
+        (["nostalgia.top_k=8", "nostalgia.k_max=4"], "below"),
+        (["nostalgia.top_k=8", "nostalgia.max_products=7"], "curvature.max_products=7: allowed with method.top_k=8"),
+        (["nostalgia.merge=average", "nostalgia.k_max=64"], "bounds method.merge=union"),
+        (["nostalgia.projection_start_task=3"], "there are 2 tasks: nothing would be projected"),
+        (["method.project=sideways"], "constrained"),
+        (["method.topk=3"], "did you mean top_k"),
+        (["method=ewc", "method.strength=-1"], "method.strength=-1.0: allowed is a finite number, 0 or more"),
+        (["method=ewc", "method.labels=real"], "sampled, true"),
+        (["method=finetune", "method.strength=1"], "unknown key method.strength; it has no options"),
+        (["method.name=ewcc"], "did you mean ewc"),
+        (["method=json:JSONDecoder"], "not a class derived from nostalgia.methods.Method"),
+    ],
+)
+def test_options_that_a_method_does_not_allow_are_refused_in_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        complete_method(parse(words).config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_of_a_method_come_from_its_class_the_suite_the_word_for_all_and_the_command_line() -> None:
+    def options(*words: str) -> dict[str, object]:
+        config = parse(["--suite", "demo", *words]).config
+        complete_method(config)
+        assert config.methods == {}
+        return config.method
+
+    assert options()["top_k"] == 128  # of the suite
+    assert options("nostalgia.top_k=7")["top_k"] == 7
+    assert options("methods.nostalgia.top_k=6")["top_k"] == 6
+    assert options("nostalgia.top_k=7", "method.top_k=9")["top_k"] == 9
+    assert options("method=finetune", "nostalgia.top_k=7") == {"name": "finetune"}
+    assert options("method=ewc")["strength"] == 100.0  # of the class
+    assert options("method.name=ewc", "method.strength=3")["strength"] == 3.0

@@ -157,8 +157,8 @@ def test_stopping_and_going_on_changes_nothing() -> None:
     theta = operator.space.take(moved(model, 2).parameters())
     prediction.measure("two", theta, lambda _: 1.5)
     state = json.loads(json.dumps(prediction.state()))
-    tensors = {name: t.clone() for name, t in prediction.tensors().items()}
-    again = ForgettingPrediction.restore(operator.space, prediction.bases, tensors, state)
+    again = ForgettingPrediction(operator.space, prediction.bases)
+    again.load_state(state, {name: rows.clone() for name, rows in prediction.vectors.items()})
     assert again.report() == prediction.report()
     assert again.predict("one", "three", theta, 2.0) == prediction.predict("one", "three", theta, 2.0)
     again.measure("two", theta, lambda _: 1.5)  # measured a second time, it is not there twice

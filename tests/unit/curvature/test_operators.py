@@ -9,8 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hessian_eigenthings.algorithms.trace import trace
-from nostalgia.experiment.setup import curvature_options
-from nostalgia.training.task_model import TaskModel, loss_sum
 from torch import nn
 
 from nostalgia.config import parse
@@ -18,8 +16,11 @@ from nostalgia.curvature import GGNOperator, HessianOperator
 from nostalgia.curvature.eigenspace import task_operator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.experiment.components import curvature_options
 from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.models.objective import Objective
+from nostalgia.models.task_model import TaskModel
 from tests.unit.curvature.networks import (
     NETWORKS,
     Oracle,
@@ -217,13 +218,13 @@ def test_label_smoothing_is_in_the_loss_and_its_gradient_and_not_in_gauss_newton
 def test_both_kinds_of_curvature_of_a_task_are_of_the_loss_that_is_trained():
     config = parse(["--suite", "demo", "train.label_smoothing=0.3"]).config
     model, (inputs, labels) = TaskModel(nn.Linear(4, 5).double(), [nn.Linear(5, 3).double()]), batches("mlp")[0]
-    valid, zeros = torch.ones(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.long)
+    valid, zeros = torch.ones(len(labels)).double(), torch.zeros(len(labels), dtype=torch.long)
     data = [Batch(inputs, labels, valid, zeros, zeros)]
     parameters = dict(model.backbone.named_parameters())
     gradients = [
         task_operator(
             model,
-            lambda m, b: (loss_sum(m(b.images), b, 0.3), len(b)),
+            Objective(0.3),
             data,
             parameters,
             Accelerator(cpu=True),

@@ -139,7 +139,7 @@ def test_a_task_that_recurs_adds_weight_and_no_direction(dtype):
 def test_only_positive_eigenvalues_above_noise_count():
     space = make_space()
     q = random_basis(5, space)
-    values = torch.tensor([2.0, 1.0, 1e-7, 0.0, -3.0], dtype=torch.float64)
+    values = torch.tensor([2.0, 1.0, 1e-14, 0.0, -3.0], dtype=torch.float64)
     merged = merge_union([(q, values)], 16, space)
     torch.testing.assert_close(merged.eigenvalues, values[:2])
     assert len(merged.dropped_eigenvalues) == 0

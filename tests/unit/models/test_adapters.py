@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nostalgia.errors import UsageError
-from nostalgia.models import attach_lora, build_backbone, has_adapters, projected_parameters
+from nostalgia.models import attach_lora, build_backbone, has_adapters, scope_parameters
 from nostalgia.models.adapters import merged, resolve_targets, without_adapters
 from tests.unit.models.tiny import CONFIGS, images, resnet18, scratch, shake
 
@@ -30,7 +30,7 @@ def test_every_architecture_takes_adapters_that_all_get_a_gradient(kind):
     with torch.no_grad():
         torch.testing.assert_close(backbone(x), before, rtol=0, atol=1e-6)
     trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert trainable == set(projected_parameters(backbone, "lora-only"))
+    assert trainable == set(scope_parameters(backbone, "lora-only"))
     assert all("lora_" in name for name in trainable)
     backbone.train()
     backbone(x).square().sum().backward()
@@ -121,7 +121,7 @@ def test_adapters_depend_on_the_seed_alone_and_leave_the_random_state():
         before = torch.get_rng_state()
         attach_lora(backbone, r=2, alpha=4, dropout=0.1, seed=seed)
         assert torch.equal(before, torch.get_rng_state())
-        values.append(torch.cat([p.flatten() for p in projected_parameters(backbone).values()]))
+        values.append(torch.cat([p.flatten() for p in scope_parameters(backbone).values()]))
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
 
@@ -135,18 +135,18 @@ def test_adapters_stay_attached_and_are_attached_once():
 
 def test_which_parameters_are_projected():
     plain = scratch("vit")
-    assert set(projected_parameters(plain, "auto")) == {name for name, _ in plain.named_parameters()}
-    assert projected_parameters(plain, "backbone").keys() == projected_parameters(plain, "auto").keys()
+    assert set(scope_parameters(plain, "auto")) == {name for name, _ in plain.named_parameters()}
+    assert scope_parameters(plain, "backbone").keys() == scope_parameters(plain, "auto").keys()
     with pytest.raises(UsageError, match="use_lora"):
-        projected_parameters(plain, "lora-only")
+        scope_parameters(plain, "lora-only")
     with pytest.raises(UsageError, match="lora-only are allowed"):
-        projected_parameters(plain, "heads")
+        scope_parameters(plain, "heads")
     plain.requires_grad_(False)
     with pytest.raises(UsageError, match="nothing"):
-        projected_parameters(plain)
+        scope_parameters(plain)
     adapters = scratch("vit")
     attach_lora(adapters, r=2, alpha=4)
-    assert len(projected_parameters(adapters, "auto")) == 2 * 2 * 4
+    assert len(scope_parameters(adapters, "auto")) == 2 * 2 * 4
     assert has_adapters(adapters)
 
 

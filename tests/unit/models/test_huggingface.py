@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, ViTImageProcessor
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher
 
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.models import build_backbone, hub, projected_parameters
+from nostalgia.models import build_backbone, hub, scope_parameters
 from tests.unit.models.tiny import CONFIGS, images, scratch
 
 
@@ -119,7 +119,7 @@ def test_the_architecture_of_a_folder_without_its_weights(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     backbone = load(tmp_path, pretrained=False)
     assert backbone.feature_dim == 16
-    assert projected_parameters(backbone)
+    assert scope_parameters(backbone)
 
 
 def test_a_network_without_image_processor_says_that_it_assumes_a_normalisation(tmp_path, caplog, monkeypatch):
@@ -281,10 +281,10 @@ def test_freezing_for_a_while_gives_back_what_was_trainable_before():
     backbone = scratch("dinov2")
     before = {name: p.requires_grad for name, p in backbone.named_parameters()}
     assert not before["model.embeddings.mask_token"]
-    protected = set(projected_parameters(backbone))
+    protected = set(scope_parameters(backbone))
     backbone.set_trainable(False)
     backbone.set_trainable(False)
     assert not any(p.requires_grad for p in backbone.parameters())
-    assert set(projected_parameters(backbone)) == protected
+    assert set(scope_parameters(backbone)) == protected
     backbone.set_trainable(True)
     assert {name: p.requires_grad for name, p in backbone.named_parameters()} == before

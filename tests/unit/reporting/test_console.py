@@ -26,8 +26,8 @@ def run_info(**changes: object) -> RunInfo:
         "model": "google/vit-base-patch16-224",
         "total_parameters": 85_798_656,
         "trainable_parameters": 589_824,
-        "projected_parameters": 442_368,
-        "projected": "lora-only",
+        "scope_parameters": 442_368,
+        "scope": "lora-only",
         "devices": "8 x NVIDIA H100",
         "strategy": "ddp",
         "precision": "bf16",
@@ -37,8 +37,8 @@ def run_info(**changes: object) -> RunInfo:
         "epochs": [50, 50],
         "run_dir": Path("/scratch/someone/with/a/long/path/to/runs/main/2025-01-01_12-00-00-and-more-of-it"),
         "suite": "main",
-        "basis_columns": 128,
-        "basis_bytes": 128 * 442_368 * 4,
+        "memory_bytes": 128 * 442_368 * 4,
+        "memory": "at most 128 directions",
     }
     return RunInfo(**{**words, **changes})  # type: ignore[arg-type]
 
@@ -59,10 +59,10 @@ def test_start_panel_says_everything_within_80_columns() -> None:
         "nostalgia: main",
         "nostalgia, seed 3",
         "85.8M parameters",
-        "590k trained, 442k projected (lora-only)",
+        "590k trained, 442k in the method's scope (lora-only)",
         "8 x NVIDIA H100, ddp, precision bf16",
         "512 global: 32 per device x 2 accumulated",
-        "at most 128 x 442k: 216 MiB per rank",
+        "at most 128 directions: 216 MiB over all ranks",
         "50 a task",
         "1,281,167",
         "task3_[a]_data_set_with_a",
@@ -71,8 +71,8 @@ def test_start_panel_says_everything_within_80_columns() -> None:
         assert part in text
 
 
-def test_start_panel_of_a_method_that_projects_nothing() -> None:
-    text = console.plain(console.start_panel(run_info(projected="", basis_columns=0, suite=None, epochs=[1, 2])))
+def test_start_panel_of_a_method_that_remembers_nothing() -> None:
+    text = console.plain(console.start_panel(run_info(memory_bytes=0, suite=None, epochs=[1, 2])))
     assert "590k trained, none projected" in text
     assert "basis" not in text
     assert "epochs   1, 2" in text

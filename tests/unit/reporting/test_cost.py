@@ -21,9 +21,8 @@ def workload(**changes: object) -> Workload:
         "num_samples": 80,
         "trained_parameters": 1000,
         "optimizer_states": 2,
-        "projected_parameters": 900,
-        "basis_columns": 16,
-        "basis_bytes": 57_600,
+        "memory_bytes": 57_600,
+        "memory": "at most 16 directions",
         "devices": "2 x cpu",
     }
     return Workload(**{**values, **changes})
@@ -51,7 +50,7 @@ def test_heads_are_fitted_twice_from_the_second_task_on() -> None:
 
 
 def test_joint_trains_all_tasks_in_one_batch_stream() -> None:
-    cost = estimate(workload(joint=True, top_k=0, basis_columns=0), Measured(0.3, None))
+    cost = estimate(workload(joint=True, top_k=0, memory_bytes=0), Measured(0.3, None))
     assert (cost.steps, cost.products) == (6 * 3, 0)  # 165 images in batches of 32, the first task's epochs
     assert cost.evaluation_seconds == pytest.approx(30 * 0.1)
 
@@ -70,7 +69,7 @@ def test_the_panel_fits_and_says_what_was_not_measured() -> None:
     text = plain(cost_panel(work, estimate(work, Measured(0.3, 0.01))))
     assert "18 of 32 images" in text
     assert "at most about 49 s: 2 x about 34 products" in text
-    assert "at most 16 x 900: 56.2 KiB per rank" in text
+    assert "at most 16 directions: 56.2 KiB over all ranks" in text
     text = plain(cost_panel(work, estimate(work, Measured(None, None))))
     assert text.count("not measured") == 4
     assert max(map(len, text.splitlines())) <= 80

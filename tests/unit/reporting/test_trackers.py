@@ -29,7 +29,7 @@ def log_a_run(log: RunLog, first_step: int = 1) -> None:
         log.train_step(
             step=step, task="task1_digits", epoch=1, loss=1.0 / step, accuracy=0.5, lr=1e-3, images_per_s=9.0
         )
-    log.validation(step=4, task="task1_digits", epoch=1, loss=0.4, accuracy=0.9, leak=2e-7)
+    log.validation(step=4, task="task1_digits", epoch=1, loss=0.4, accuracy=0.9, metrics={"leak": 2e-7})
     log.evaluation(step=4, tasks=["task1_digits"], accuracies=[0.9], losses=[0.4])
     log.curvature("task1_digits", [3.0, 1.0], residuals=[0.01, 0.02], products=12, seconds=0.5)
     log.memory()
@@ -60,7 +60,7 @@ def test_csv_and_tensorboard_under_one_naming_scheme(tmp_path: Path, accelerator
     assert [step for step, _ in shown["train/loss"]] == [1, 2, 3, 4]
     assert shown["val/accuracy/task1_digits"][0] == (4, pytest.approx(0.9))
     assert shown["curvature/task1_digits/eigenvalue_2"] == [(4, 1.0)]
-    assert shown["nostalgia/leak"][0] == (4, pytest.approx(2e-7))
+    assert shown["method/leak"][0] == (4, pytest.approx(2e-7))
     assert shown["result/acc"][0][1] == pytest.approx(results().acc)
 
 

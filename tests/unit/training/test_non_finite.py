@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from nostalgia.training.task_model import TaskModel
 from torch import Tensor, nn
 
 from nostalgia.data.stream import Batch, Step
 from nostalgia.errors import RunFailedError
-from nostalgia.methods.finetune import PlainStep
+from nostalgia.methods.finetune import Finetune
+from nostalgia.models.objective import Objective
+from nostalgia.models.task_model import TaskModel
+from nostalgia.training.overhead import OverheadClock
 from nostalgia.training.step import LEAST_SCALE, StepResult, train_step
 
 
@@ -47,13 +50,16 @@ def a_step(bad: float | None) -> Step:
         if bad is not None:
             images[ids == 12, 0, 0, 0] = bad
         zeros = torch.zeros(4, dtype=torch.int64)
-        batches.append(Batch(images, zeros, torch.ones(4, dtype=torch.bool), ids, zeros))
+        batches.append(Batch(images, zeros, torch.ones(4), ids, zeros))
     return Step(batches, 8, epoch=2, step=7)
 
 
 def take(model: TaskModel, accelerator: Accelerator, step: Step) -> StepResult:
     optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=accelerator.scaler)
-    return train_step(model, optimizer, PlainStep(), step, accelerator=accelerator, max_grad_norm=1.0)
+    method = Finetune(Finetune.Config())
+    method.task = SimpleNamespace(objective=Objective())  # type: ignore[assignment]
+    clock = OverheadClock(model, optimizer.optimizer, torch.device("cpu"))
+    return train_step(model, optimizer, method, step, accelerator=accelerator, max_grad_norm=1.0, clock=clock)
 
 
 def weight(model: TaskModel) -> Tensor:
