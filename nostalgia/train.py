@@ -36,10 +36,6 @@ def main(
     watch: FailureWatch | None = None
     try:
         request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
-        if run is None:
-            from nostalgia.experiment.components import complete_method
-
-            complete_method(request.config)
         # Seconds to import: a refused command line, and --help, need not wait for them.
         from nostalgia.parallel.accelerator import launch_info, make_accelerator
         from nostalgia.parallel.failure import FailureWatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -35,12 +36,12 @@ def empty_heads(run: Components, count: int) -> dict[str, nn.Module]:
 def heads_in_training(run: Components, new: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The heads of the trained model: those of the present task, or all of the run where the method wants them.
 
-    Those of earlier tasks are frozen unless the method trains them.
+    Those of earlier tasks are copies, for FSDP2 shards what it wraps in place, and frozen unless the method trains them.
     """
     method = run.method
     if not method.all_heads:
         return new
-    heads = {**run.heads, **new}
+    heads = {**copy.deepcopy(run.heads), **new}
     for name, head in heads.items():
         head.requires_grad_(name in new or method.trains_heads)
     return heads

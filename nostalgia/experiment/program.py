@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
 from nostalgia.config import Request
-from nostalgia.experiment.components import build_components
+from nostalgia.experiment.components import build_components, complete_method
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.exporting import EXPORT, export_run
@@ -28,6 +28,7 @@ from nostalgia.reporting.streams import make_console
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
     """Run what the command line asks for; returns the run's folder (None for a dry run)."""
+    complete_method(request.config)
     folder, resumed = (None, None) if request.dry_run else open_run(request, accelerator)
     config = request.config
     set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)

@@ -52,7 +52,7 @@ class AGem(Method):
             return
         self.steps += 1
         trained = [p for p in self.task.model.parameters() if p.requires_grad]
-        own = [p.grad for p in trained]
+        own = [None if p.grad is None else p.grad.clone() for p in trained]  # DDP's gradients are views of its buckets
         mine = training_space(self.task).take(gradients_of(self.task))
         for parameter in trained:
             parameter.grad = None
@@ -60,7 +60,10 @@ class AGem(Method):
         space = training_space(self.task)
         reference = space.take(gradients_of(self.task))
         for parameter, gradient in zip(trained, own, strict=True):
-            parameter.grad = gradient
+            if gradient is None or parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.copy_(gradient)
         products = space.gram(reference[None], torch.stack([mine, reference]))[0]
         self._violated = float(products[0] < 0)
         if products[0] < 0:

@@ -69,7 +69,8 @@ class Gpm(Method):
             return
         moments = self._input_moments(task)
         for name, moment in moments.items():
-            self.spans[name] = grown_span(self.spans.get(name), moment, self.config.threshold)
+            span = grown_span(self.spans.get(name), moment, self.config.threshold)
+            self.spans[name] = span.to(task.parameters[name].dtype)
 
     def _input_moments(self, task: TaskContext) -> dict[str, Tensor]:
         """X X^T (i, i) in float64 of each layer's inputs X over the samples of all ranks."""
@@ -145,8 +146,7 @@ def grown_span(span: Tensor | None, moment: Tensor, threshold: float) -> Tensor:
     needed = int((share < threshold).sum())
     needed = min(needed, size - held.shape[1])
     grown, _ = torch.linalg.qr(torch.cat([held, vectors[:, :needed]], dim=1))
-    dtype = torch.float32 if span is None else span.dtype
-    return grown.to(dtype)
+    return grown
 
 
 def _inputs(module: nn.Module) -> int:

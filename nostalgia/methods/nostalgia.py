@@ -256,12 +256,10 @@ class Nostalgia(Method):
             self._fraction = self.projector.project_soft() if soft else self.projector.project_gradients()
 
     def step(self, optimizer: Optimizer) -> None:
-        if self.projector is None or self.config.project in ("gradient", "soft"):
+        if self.projector is None:
             optimizer.step()
-        elif self.config.project == "constrained":
-            self.projector.constrain_step(optimizer)
         else:
-            self.projector.displace_step(optimizer)
+            self.projector.step(optimizer, self.config.project)
 
     def end_task(self, task: TaskContext) -> None:
         self.eigenspace.end(task)

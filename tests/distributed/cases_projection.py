@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.methods.nostalgia import ProjectedStep
 from nostalgia.projection import CurvatureMemory, GradientProjector
 from nostalgia.training.step import clip_gradients
 
@@ -129,7 +128,7 @@ class Distributed:
         self.model = wrapped(network(), wrap)
         self.optimizer = make_optimizer(kind, self.model)
         self.parameters = in_scope(self.model)
-        self.rule = ProjectedStep(GradientProjector(memory, self.parameters), project)
+        self.projector, self.project = GradientProjector(memory, self.parameters), project
 
     def step(self) -> dict[str, Tensor]:
         low, high = SHARES[dist.get_world_size()][dist.get_rank() : dist.get_rank() + 2]
@@ -137,15 +136,15 @@ class Distributed:
         weight = dist.get_world_size() / SAMPLES if low < high else 0.0
         self.optimizer.zero_grad()
         (F.cross_entropy(self.model(inputs), labels, reduction="sum") * weight).backward()
-        fraction = self.rule.project_gradients()
+        fraction = self.projector.project_gradients()
         gradient = whole(p.grad for p in self.parameters.values())
         norm = clip_gradients(self.model.parameters(), MAX_NORM)
-        self.rule.step(self.optimizer)
+        self.projector.step(self.optimizer, self.project)
         return {
             "gradient": gradient,
             "fraction": fraction,
             "norm": torch.tensor(norm, dtype=torch.float64),
-            "leak": torch.tensor(self.rule.leak(), dtype=torch.float64),
+            "leak": torch.tensor(self.projector.leak(), dtype=torch.float64),
             "parameters": whole(self.model.parameters()),
         }
 

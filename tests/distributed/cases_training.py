@@ -40,7 +40,7 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
     step_taken = PhaseObserver.step_taken
 
     def record_step(self: PhaseObserver, step: int, record: Any) -> None:
-        steps.append((record.loss, record.grad_norm, record.projected_fraction))
+        steps.append((record.loss, record.grad_norm, record.metrics.get("projected_fraction")))
         step_taken(self, step, record)
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,9 @@ def left_behind(folder: Path) -> dict[str, Any]:
     return {
         "leaks": [float(row[leak]) for row in rows[1:] if row[leak]],
         "accuracies": json.loads((folder / "results/results.json").read_text())["accuracy_matrix"],
-        "spectrum_panels": len(run_drawers(read_run(folder))["spectrum"]().axes),
+        "spectrum_panels": len(run_drawers(read_run(folder))["spectrum"]().axes)
+        if list(folder.glob("curvature/*.json"))
+        else 0,
         "curvature": [json.loads(path.read_text()) for path in sorted((folder / "curvature").glob("*.json"))],
     }
 
