@@ -191,7 +191,7 @@ def kronecker_factors(
             cotangents = metric.cotangents(outputs.detach(), before)
             before += len(outputs)
             sums.add(passed, cotangents)
-            sums.add_rest(moved, cotangents)
+            sums.add_rest(moved, cotangents, exact)
     return sums.finish(total, given, space)
 
 
@@ -210,7 +210,7 @@ class _Metric:
         numbers = torch.arange(first, first + count, device=logits.device)
         scale = self.draws**-0.5
         signs = (
-            torch.where(uniform(self.seed + 7919 * draw, 0, numbers, classes) < 0.5, -1.0, 1.0).to(logits.dtype)
+            torch.where(uniform(self.seed, draw, numbers, classes) < 0.5, -1.0, 1.0).to(logits.dtype)
             for draw in range(self.draws)
         )
         return [scale * self._rooted(logits, z) for z in signs]
@@ -248,11 +248,11 @@ class _Sums:
                     g = output_rows(layer.base, found[layer.name]).flatten(0, 1).to(self.network.dtype)
                     self.outputs[layer.name].addmm_(g.T, g)
 
-    def add_rest(self, batch: Any, cotangents: list[Tensor]) -> None:
-        """Squared gradients of single samples in the parameters that no layer holds; the first half of the draws is enough."""
+    def add_rest(self, batch: Any, cotangents: list[Tensor], exact: bool) -> None:
+        """Squared gradients of single samples in the parameters that no layer holds; half of the draws is enough."""
         if not self.rest:
             return
-        chosen = cotangents if len(cotangents) < 2 else cotangents[: (len(cotangents) + 1) // 2]
+        chosen = cotangents if exact else cotangents[: (len(cotangents) + 1) // 2]
         scale = len(cotangents) / len(chosen)
         for number in range(len(cotangents[0])):
             one = _row(batch, number)

@@ -67,7 +67,7 @@ class KroneckerTail:
         update = self.memory.update(factors, parameters)
         self.note = ""
         if update.merged:
-            self.note = f"factors of {update.tasks} tasks are merged into one pair a layer ({update.error:.1%} of their norm lost)"
+            self.note = f"factors of {update.tasks} tasks are merged into one pair a layer, {update.error:.1%} off"
 
     def bytes(self) -> int:
         return world_size() * self.memory.num_bytes

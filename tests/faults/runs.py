@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,20 @@ def outcome(folder: Path) -> dict[str, Any]:
     assert last is not None
     assert last.manifest["kind"] == "end_of_task"
     tensors = {k: v for k, v in last.tensors().items() if not k.startswith("ranks/")}
-    memory = read_tensors(folder / last.state()["curvature"]["memory"]["file"])["basis"]
+    token = re.compile("_[0-9a-f]{8}(?=[.])")  # of a file's name, drawn anew in each run
+    vectors = {
+        token.sub("", name): read_tensors(folder / name)["basis"].numpy().tobytes()
+        for name in last.manifest["references"]
+    }
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     for row in rows:
         row.pop("images_per_s")
     results = json.loads((folder / "results" / "results.json").read_text())
     return {
         "tensors": {k: (v.dtype, tuple(v.shape), v.numpy().tobytes()) for k, v in tensors.items()},
-        "memory": memory.numpy().tobytes(),
+        "vectors": vectors,
         "matrix": results["accuracy_matrix"],
+        "class_incremental": results["class_incremental"],
         "fwt": results["fwt"],
         "rows": rows,
     }
@@ -56,7 +62,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     """What is not the same, by name."""
-    found = [key for key in ("memory", "matrix", "fwt") if one[key] != two[key]]
+    found = [key for key in ("vectors", "matrix", "class_incremental", "fwt") if one[key] != two[key]]
     found += [key for key in one["tensors"] | two["tensors"] if one["tensors"].get(key) != two["tensors"].get(key)]
     if one["rows"] != two["rows"]:
         pairs = zip(one["rows"], two["rows"], strict=False)
@@ -94,7 +100,7 @@ def count_events(kill_at: int | None) -> None:
     for owner, name in (
         (loop, "train_step"),
         (Krylov, "expand"),
-        (accuracy, "loss_sum"),
+        (accuracy, "correct_of_all_heads"),
         (files, "_write_synced"),
         (CsvLog, "write"),
         (os, "rename"),

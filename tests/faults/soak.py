@@ -35,6 +35,7 @@ class Soak:
         self.world_size, self.fsdp = WAYS[way]
         self.words = (*runs.SMALL, f"dataset.batch_size={32 // self.world_size}", *words)
         self.problems: list[str] = []
+        self.most_events = 600
         self.which: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def launch(self, run_dir: Path, kill: tuple[int, int] | None = None) -> Ranks:
@@ -58,7 +59,11 @@ class Soak:
             run_dir = self._fresh("killed")
             while True:
                 # Few events lie between two checkpoints: most runs come some way before they are killed again.
-                kill = (self.draw.randrange(self.world_size), self.draw.randrange(1, 600)) if done < count else None
+                kill = (
+                    (self.draw.randrange(self.world_size), self.draw.randrange(1, self.most_events))
+                    if done < count
+                    else None
+                )
                 codes = self.launch(run_dir, kill=kill).wait().codes
                 if codes == [0] * self.world_size:
                     break

@@ -1,0 +1,43 @@
+"""Every method's run that is killed ends, to the bit, as if it had not been: its state is whole in every checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.soak import Soak
+
+SHORT = [
+    "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
+    "train.head_warmup_epochs=0", "train.epochs=1", "train.max_eval_batches=1", "experiment.export=false",
+]  # fmt: skip
+LORA = ["model.use_lora=true", "model.lora.r=2"]
+METHODS = {
+    "l2sp": ["method.strength=1"],
+    "ewc": ["method.strength=100", "method.num_samples=32"],
+    "si": ["method.strength=10"],
+    "lwf": ["method.strength=1"],
+    "er": ["method.budget_bytes=6000"],
+    "derpp": ["method.budget_bytes=6000"],
+    "agem": ["method.budget_bytes=6000", "method.reference_size=8"],
+    "gpm": ["method.num_samples=32", "method.threshold=0.9"],
+    "nostalgia_ewc": ["method.strength=10"],
+    "nostalgia": ["method.tail=kronecker", "method.anchor=0.5", "method.tail_samples=32", *LORA],
+    "kronecker": ["method.num_samples=32", *LORA],
+    "ewc_lora": ["method.strength=100", "method.num_samples=32", *LORA],
+    "averaging": ["method.mode=uniform"],
+    "heads_only": [],
+    "joint": [],
+    "tests.faults.own_method:Counting": [],
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, name: str) -> None:
+    method = f"method.name={name}" if ":" in name else f"method={name}"
+    soak = Soak(tmp_path, "single", seed=1, words=[method, *METHODS[name], *SHORT])
+    soak.most_events = 120
+    soak.kills(2)
+    assert not soak.problems

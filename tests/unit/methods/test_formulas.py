@@ -1,0 +1,279 @@
+"""Every method's gradients and steps against its formula written out, and plain fine-tuning at strength 0."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nostalgia.data.transforms import uniform
+from nostalgia.methods import Method
+from nostalgia.methods.loading import make_method
+from tests.unit.methods.context import Features, Sequence2, assert_equal
+
+
+def method(name: str, **options: Any) -> Method:
+    return make_method(name, options, seed=0)
+
+
+def snapshot(run: Sequence2) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.backbone.named_parameters()}
+
+
+def moved(run: Sequence2) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in run.backbone.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def fisher(run: Sequence2, labels: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over samples of squared gradients of log p, sample by sample."""
+    batches = run.context(method("finetune"), 1).samples(12, 12)
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for batch in batches:
+        for i in range(len(batch)):
+            logits = run.heads[0](torch.func.functional_call(run.backbone, parameters, (batch.images[i : i + 1],)))
+            target = batch.labels[i]
+            if labels == "sampled":
+                draw = uniform(0, 0, batch.indices[i : i + 1], 1)
+                target = (logits.softmax(1).cumsum(1) < draw).sum()
+            own = torch.autograd.grad(F.cross_entropy(logits, target[None]), list(parameters.values()))
+            for name, gradient in zip(parameters, own, strict=True):
+                sums[name] += gradient.square() / 12
+    return sums
+
+
+def test_l2sp_pulls_to_where_the_run_began() -> None:
+    run, l2sp = Sequence2(), method("l2sp", strength=0.7)
+    start = snapshot(run)
+    run.first_task(l2sp)
+    run.begin(l2sp, 2)
+    moved(run)
+    expected = run.plain_gradients(lambda p: 0.35 * sum((p[n] - start[n]).square().sum() for n in p))
+    assert_equal(run.gradients(l2sp), expected)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "true"])
+def test_ewc_weighs_by_the_diagonal_fisher_matrix(labels: str) -> None:
+    run, ewc = Sequence2(), method("ewc", strength=5, labels=labels, num_samples=12)
+    run.first_task(ewc)
+    end = {name: p.detach().clone().requires_grad_() for name, p in run.backbone.named_parameters()}
+    weights = fisher(run, labels, end)
+    run.begin(ewc, 2)
+    moved(run)
+    expected = run.plain_gradients(lambda p: 2.5 * sum((weights[n] * (p[n] - end[n]).square()).sum() for n in p))
+    assert_equal(run.gradients(ewc), {n: g.detach() for n, g in expected.items()})
+
+
+def test_ewc_of_two_tasks_is_the_sum_of_both_terms() -> None:
+    run, ewc = Sequence2(), method("ewc", strength=1, labels="true", num_samples=12)
+    ends, weights = [], []
+    for _ in range(2):
+        context = run.begin(ewc, 1)
+        moved(run)
+        ends.append({n: p.detach().clone().requires_grad_() for n, p in run.backbone.named_parameters()})
+        weights.append(fisher(run, "true", ends[-1]))
+        context = run.begin(ewc, 1)
+        ewc.end_task(context)
+    run.begin(ewc, 2)
+    moved(run)
+    expected = run.plain_gradients(
+        lambda p: sum(
+            0.5 * (w[n] * (p[n] - e[n]).square()).sum() for n in p for w, e in zip(weights, ends, strict=True)
+        )
+    )
+    assert_equal(run.gradients(ewc), {n: g.detach() for n, g in expected.items()})
+
+
+def test_si_weighs_by_the_path_integral() -> None:
+    run, si = Sequence2(), method("si", strength=0.5, damping=0.01)
+    start = snapshot(run)
+    context = run.begin(si, 1)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    path = {name: torch.zeros_like(p) for name, p in start.items()}
+    for _ in range(3):
+        gradients, before = run.gradients(si), snapshot(run)
+        si.step(optimizer)
+        for name, after in snapshot(run).items():
+            path[name] -= gradients[name] * (after - before[name])
+    si.end_task(context)
+    end = snapshot(run)
+    omega = {n: path[n].clamp_min(0) / ((end[n] - start[n]).square() + 0.01) for n in path}
+    run.begin(si, 2)
+    moved(run)
+    expected = run.plain_gradients(lambda p: 0.5 * sum((omega[n] * (p[n] - end[n]).square()).sum() for n in p))
+    assert_equal(run.gradients(si), expected)
+
+
+def test_lwf_distils_the_old_heads_outputs() -> None:
+    run, lwf = Sequence2(), method("lwf", strength=0.8, temperature=3)
+    run.first_task(lwf)
+    teacher, head = copy.deepcopy(run.backbone), run.heads[0]
+    run.begin(lwf, 2)
+    moved(run)
+    images = run.batch(lwf).images
+
+    def term(parameters: dict[str, Tensor]) -> Tensor:
+        old, new = head(teacher(images)).detach(), head(run.backbone(images))
+        q, p = (old / 3).softmax(1), (new / 3).softmax(1)
+        return 0.8 * 9 * (q * (q.log() - p.log())).sum() / len(images)
+
+    assert_equal(run.gradients(lwf), run.plain_gradients(term))
+
+
+def test_er_adds_the_mean_loss_of_paired_exemplars() -> None:
+    run, er = Sequence2(), method("er", budget_bytes=7 * 12, strength=0.6)
+    run.first_task(er)
+    assert er.bytes_remembered() == 7 * 12
+    run.begin(er, 2)
+    exemplars = er.exemplars.paired(run.batch(er))  # type: ignore[attr-defined]
+    stored = set(er.memory.per_task[1])  # type: ignore[attr-defined]
+    assert set(exemplars.indices.tolist()) <= stored
+    assert len(set(exemplars.indices.tolist())) > 2
+
+    def term(parameters: dict[str, Tensor]) -> Tensor:
+        return 0.6 * F.cross_entropy(run.heads[0](run.backbone(exemplars.images)), exemplars.labels)
+
+    assert_equal(run.gradients(er), run.plain_gradients(term))
+    output = er.loss(run.model, run.batch(er))
+    assert int(output.correct) <= len(run.batch(er))
+
+
+def test_derpp_adds_the_distance_to_stored_outputs() -> None:
+    run, derpp = Sequence2(), method("derpp", budget_bytes=7 * 24, strength=0.6, alpha=0.4)
+    run.first_task(derpp)
+    then, head = copy.deepcopy(run.backbone), copy.deepcopy(run.heads[0])
+    run.begin(derpp, 2)
+    moved(run)
+    exemplars = derpp.exemplars.paired(run.batch(derpp))  # type: ignore[attr-defined]
+
+    def term(parameters: dict[str, Tensor]) -> Tensor:
+        logits = run.heads[0](run.backbone(exemplars.images))
+        stored = head(then(exemplars.images)).detach().float().double()
+        return 0.6 * F.cross_entropy(logits, exemplars.labels) + 0.4 * (logits - stored).square().mean()
+
+    found, expected = run.gradients(derpp), run.plain_gradients(term)
+    for name, value in expected.items():  # outputs are stored in float32
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_agem_takes_out_what_points_against_the_exemplars() -> None:
+    run, agem = Sequence2(), method("agem", budget_bytes=6 * 12, reference_size=4)
+    run.first_task(agem)
+    run.begin(agem, 2)
+    drawn = agem.exemplars.drawn(4, agem.steps + 1)  # type: ignore[attr-defined]
+    loss = F.cross_entropy(run.heads[0](run.backbone(drawn.images)), drawn.labels)
+    parameters = list(run.backbone.parameters())
+    reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    g = torch.cat([v.flatten() for v in run.plain_gradients().values()])
+    if g @ reference > 0:  # make the two disagree, so that the projection has something to do
+        run.heads[1].weight.data.neg_()
+        g = torch.cat([v.flatten() for v in run.plain_gradients().values()])
+    expected = g - (g @ reference) / (reference @ reference) * reference if g @ reference < 0 else g
+    found = torch.cat([v.flatten() for v in run.gradients(agem).values()])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    assert g @ reference < 0
+    assert abs(float(found @ reference)) < 1e-10
+
+
+def test_gpm_moves_a_layer_only_across_earlier_inputs() -> None:
+    run, gpm = Sequence2(), method("gpm", threshold=0.9, num_samples=12)
+    context = run.first_task(gpm)
+    (batch,) = context.samples(12, 12)
+    inputs = batch.images.flatten(1)
+    span = gpm.spans["first.weight"]  # type: ignore[attr-defined]
+    torch.testing.assert_close(span.T @ span, torch.eye(span.shape[1], dtype=span.dtype), atol=1e-10, rtol=0)
+    assert float((inputs @ span).square().sum() / inputs.square().sum()) >= 0.9
+    assert span.shape[1] < 12
+    run.begin(gpm, 2)
+    before = snapshot(run)
+    run.steps(gpm, 1)
+    after = snapshot(run)
+    change = after["first.weight"] - before["first.weight"]
+    assert float((change @ span).abs().max()) < 1e-12
+    assert float(change.abs().max()) > 1e-3
+    assert torch.equal(after["first.bias"], before["first.bias"])
+
+
+def test_nostalgia_ewc_is_a_quadratic_form_along_the_kept_directions() -> None:
+    run, penalised = Sequence2(), method("nostalgia_ewc", top_k=3, strength=2)
+    run.first_task(penalised)
+    end = torch.cat([p.flatten() for p in snapshot(run).values()])
+    memory = penalised.eigenspace.memory  # type: ignore[attr-defined]
+    run.begin(penalised, 2)
+    moved(run)
+
+    def term(parameters: dict[str, Tensor]) -> Tensor:
+        d = torch.cat([p.flatten() for p in parameters.values()]) - end
+        return (memory.eigenvalues * (memory.basis @ d).square()).sum()
+
+    assert memory.basis is not None
+    assert_equal(run.gradients(penalised), run.plain_gradients(term))
+
+
+@pytest.mark.parametrize("mode", ["uniform", "interpolation"])
+def test_averaging_leaves_the_mean_of_task_ends(mode: str) -> None:
+    run, averaging = Sequence2(), method("averaging", mode=mode, share=0.25)
+    run.first_task(averaging)
+    first = snapshot(run)
+    context = run.begin(averaging, 2)
+    run.steps(averaging)
+    second = snapshot(run)
+    averaging.end_task(context)
+    share = 0.5 if mode == "uniform" else 0.25
+    assert_equal(snapshot(run), {n: first[n] + share * (second[n] - first[n]) for n in first})
+
+
+def test_soft_projection_shrinks_by_curvature() -> None:
+    run, soft = Sequence2(), method("nostalgia", top_k=3, project="soft")
+    run.first_task(soft)
+    memory = soft.eigenspace.memory  # type: ignore[attr-defined]
+    run.begin(soft, 2)
+    g = torch.cat([v.flatten() for v in run.plain_gradients().values()])
+    assert memory.basis is not None
+    values = memory.eigenvalues
+    expected = g - memory.basis.T @ (values / (values.median() + values) * (memory.basis @ g))
+    found = torch.cat([v.flatten() for v in run.gradients(soft).values()])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+NOTHING = {
+    "l2sp": {"strength": 0},
+    "ewc": {"strength": 0, "num_samples": 12},
+    "si": {"strength": 0},
+    "lwf": {"strength": 0},
+    "er": {"budget_bytes": 11},
+    "derpp": {"budget_bytes": 11},
+    "agem": {"budget_bytes": 11},
+    "gpm": {"threshold": 0},
+    "nostalgia_ewc": {"strength": 0, "top_k": 2},
+    "kronecker": {"strength": 0, "anchor": 0},
+    "averaging": {"mode": "interpolation", "share": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_at_strength_0_a_method_is_fine_tuning_to_the_bit(name: str) -> None:
+    ends = []
+    for chosen in (method(name, **NOTHING[name]), method("finetune")):
+        run = Sequence2()
+        run.first_task(chosen)
+        context = run.begin(chosen, 2)
+        run.steps(chosen)
+        chosen.end_task(context)
+        ends.append(snapshot(run))
+    if name == "averaging":  # its mean is rounded
+        assert_equal(*ends)
+    else:
+        assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[1])
+
+
+def test_heads_only_and_joint_say_what_they_are() -> None:
+    assert method("heads_only").frozen_backbone
+    assert method("joint").joint
+    assert isinstance(Features(), nn.Module)
