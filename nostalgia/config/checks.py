@@ -102,6 +102,11 @@ def _check_tasks(config: Config) -> None:
         if value not in ("per_task", None) and experiment.split != "classes":
             raise UsageError(f"experiment.{key}={value} goes with experiment.split=classes")
     count = len(tasks) if tasks is not None else experiment.num_tasks or 2
+    if train.epochs_per_task is not None and config.method.get("name") == "joint":
+        raise UsageError(
+            f"train.epochs_per_task={train.epochs_per_task} with method=joint, which trains once on all tasks: give "
+            "train.epochs"
+        )
     if train.epochs_per_task is not None:
         if len(train.epochs_per_task) != count:
             raise UsageError(

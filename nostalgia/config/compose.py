@@ -147,7 +147,7 @@ def to_yaml(config: Config) -> str:
 def save(config: Config, path: Path) -> None:
     """Write the complete configuration, so that ``--config PATH`` runs it again; whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(to_yaml(config))
+    temporary.write_text(to_yaml(config), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from nostalgia.data.images import FileImages
 from nostalgia.errors import NotFoundError
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+SPLITS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev", "test", "testing", "eval"),
+}
+#: Endings of image files that are read: torchvision's, and others that Pillow decodes (of a gif the first frame).
+ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
 
 Identity = tuple[int, int]  # (device, inode) of a folder
 
@@ -20,8 +26,10 @@ Identity = tuple[int, int]  # (device, inode) of a folder
 def class_folders(name: str, folder: Path, drop: Sequence[str] = ()) -> tuple[FileImages, FileImages | None]:
     """``folder/{train,val|valid|test}/<class>/*``, or ``folder/<class>/*``, whose second part is None.
 
-    Raises NotFoundError: nothing there, a class without images, two that differ only in case, a link loop.
+    Split folders are known in any case; one folder around all of it is seen through. Raises NotFoundError: nothing there, a
+    class without images, two that differ only in case or in their Unicode form, a single class, a link loop.
     """
+    folder = _unwrapped(folder)
     train, val = (_split_folder(folder, names) for names in SPLITS.values())
     if train is not None and val is None and not _folders(train) and len(_folders(folder)) > 1:
         train = None  # "train" is a class here, beside "plane"
@@ -39,7 +47,7 @@ def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
     """``folder/<class>/*``: classes by name, images anywhere below them, hidden names ignored."""
     above = {_identity(folder): str(folder)}
     entries = list(_entries(folder))
-    classes = [entry.name for entry in entries if _is_folder(entry) and entry.name not in drop]
+    classes = in_order([entry.name for entry in entries if _is_folder(entry) and entry.name not in drop])
     if not classes:
         loose = sum(_is_image(entry) for entry in entries)
         what = f"{loose} images but no class folders" if loose else "empty"
@@ -55,7 +63,28 @@ def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
             )
         paths += found
         labels += [label] * len(found)
-    return FileImages(name, paths, labels, classes)
+    return FileImages(name, paths, labels, [unicodedata.normalize("NFC", c) for c in classes])
+
+
+def in_order(classes: Sequence[str]) -> list[str]:
+    """Class names in order: by number where all are numbers (0, 1, 2, 10), as a table's labels are, else by name."""
+    if all(name.isascii() and name.isdecimal() for name in classes):
+        return sorted(classes, key=lambda name: (int(name), name))
+    return sorted(classes)
+
+
+def _unwrapped(folder: Path) -> Path:
+    """``folder``, or what it wraps: the one folder in it, without images beside, that holds splits or several classes."""
+    while True:
+        inside = list(_entries(folder))
+        inner = [entry for entry in inside if _is_folder(entry)]
+        if len(inner) != 1 or any(_is_image(entry) for entry in inside):
+            return folder
+        below = _folders(folder / inner[0].name)
+        known = {name for names in SPLITS.values() for name in names}
+        if inner[0].name.lower() in known or not below:
+            return folder
+        folder = folder / inner[0].name
 
 
 def is_empty(folder: Path) -> bool:
@@ -71,6 +100,21 @@ def images_by_name(folder: Path) -> dict[str, str]:
 def _check_case(folder: Path, classes: Sequence[str]) -> None:
     folded: dict[str, str] = {}
     for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            raise NotFoundError(
+                f"{folder}: the class folder '{shown}' has a name that is not UTF-8; rename it"
+            ) from None
+        composed = unicodedata.normalize("NFC", name)
+        twin = folded.get("NFC " + composed)
+        if twin is not None and twin != name:
+            raise NotFoundError(
+                f"{folder}: two class folders are called {composed!r}, one in composed and one in decomposed Unicode; merge "
+                "or rename one"
+            )
+        folded["NFC " + composed] = name
         other = folded.setdefault(name.casefold(), name)
         if other != name:
             raise NotFoundError(
@@ -107,11 +151,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _split_folder(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    by_name = {entry.name.lower(): entry.name for entry in _entries(folder) if _is_folder(entry)}
+    return next((folder / by_name[name] for name in names if name in by_name), None)
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(IMG_EXTENSIONS)
+    return entry.name.lower().endswith(ENDINGS)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nostalgia.data.catalog import Entry, Hub
 from nostalgia.data.hub_columns import choose_columns, class_order, label_names
-from nostalgia.data.images import ImageDataset, Subset, decode
+from nostalgia.data.images import ImageDataset, Subset, common_white, decode
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError, UsageError
 
@@ -39,17 +39,27 @@ class HubImages:
         self.name, self.classes, self.labels, self.where = name, classes, labels, where
         # A datasets.Dataset: memory-mapped, shared with worker processes.
         self._table, self._column = table.select_columns([column]), column
+        self._white: float | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, index: int, at_least: int | None = None) -> Tensor:
-        value = self._table[index][self._column] or {}
-        if value.get("bytes") is not None:
-            return decode(BytesIO(value["bytes"]), self.describe(index), at_least)
-        if value.get("path") is None:
+        file = self._file(index)
+        if file is None:
             raise NotFoundError(f"{self.describe(index)}: no image in column {self._column!r}")
-        return decode(value["path"], f"{self.describe(index)} ({value['path']})", at_least)
+        where = self.describe(index) + (f" ({file})" if isinstance(file, str) else "")
+        return decode(file, where, at_least, self.white)
+
+    def white(self) -> float:
+        """The value that is white in this table's images of 32-bit numbers."""
+        if self._white is None:
+            self._white = common_white(self._file, len(self))
+        return self._white
+
+    def _file(self, index: int) -> str | BytesIO | None:
+        value = self._table[index][self._column] or {}
+        return BytesIO(value["bytes"]) if value.get("bytes") is not None else value.get("path")
 
     def describe(self, index: int) -> str:
         return f"{self.where}, row {index}"

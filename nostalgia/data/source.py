@@ -47,6 +47,11 @@ def make_source(
     for split, images in (("training", train), ("validation", val)):
         if images is not None and len(images) == 0:
             raise NotFoundError(f"{where}: the {split} split of {entry.name} has no images")
+    if len(train.classes) == 1 and entry.classes != 1:
+        raise NotFoundError(
+            f"{where}: a single class, {train.classes[0]!r}: nothing to tell apart; if its folders are the classes, give its "
+            "path, and if it is meant, dataset.entries.NAME.classes=1"
+        )
     counts = torch.bincount(train.labels, minlength=len(train.classes))
     least = int(counts.argmin())
     if counts[least] == 0:

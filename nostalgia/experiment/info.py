@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from nostalgia.config import Request
+from nostalgia.config import Config, Request
 from nostalgia.experiment.components import Components
 from nostalgia.models.backbones import has_adapters
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.reporting.console import RunInfo, TaskInfo
+from nostalgia.training.loop import WARMUP_SHARE
 
 
 def run_info(run: Components, request: Request, folder: Path) -> RunInfo:
@@ -48,6 +49,18 @@ def run_info(run: Components, request: Request, folder: Path) -> RunInfo:
         memory_bytes=plan.bytes,
         memory=plan.text,
     )
+
+
+def run_notes(config: Config) -> list[str]:
+    """What a run does otherwise than its configuration says, one line each."""
+    train, notes = config.train, []
+    shortest = min([train.epochs] if train.epochs_per_task is None else train.epochs_per_task)
+    if train.warmup_epochs > WARMUP_SHARE * shortest:
+        notes.append(
+            f"train.warmup_epochs={train.warmup_epochs:g} is cut to {WARMUP_SHARE * shortest:g} of {shortest} epochs, "
+            f"{WARMUP_SHARE:.0%} of a task"
+        )
+    return notes
 
 
 def device_name(accelerator: Accelerator) -> str:

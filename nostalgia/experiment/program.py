@@ -10,13 +10,15 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
 from nostalgia.config import Request
-from nostalgia.experiment.components import build_components, complete_method
+from nostalgia.experiment.components import Components, build_components, complete_method
+from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.exporting import EXPORT, export_run
 from nostalgia.experiment.full_run import cost_of_full_run
-from nostalgia.experiment.info import run_info
-from nostalgia.experiment.resume import open_run
+from nostalgia.experiment.info import run_info, run_notes
+from nostalgia.experiment.resume import Resumed, open_run
+from nostalgia.parallel.coordination import on_main
 from nostalgia.reporting.console import print_config, print_final, start_panel
 from nostalgia.reporting.drawing import draw_run
 from nostalgia.reporting.progress import Progress
@@ -26,9 +28,20 @@ from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.streams import make_console
 
 
+def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed | None) -> None:
+    """Record the images of a run that begins; refuse to go on with others unless they are wanted."""
+    if resumed is not None and resumed.state is not None and not request.resume_override:
+        check_data(folder, run.tasks, "give --resume-override to go on all the same")
+    else:
+        record_data(folder, run.tasks)
+
+
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
     """Run what the command line asks for; returns the run's folder (None for a dry run)."""
     complete_method(request.config)
+    if not request.dry_run:
+        request.config.train.precision = precision  # what auto became is the run's, wherever it goes on
+        absolute_paths(request.config)
     folder, resumed = (None, None) if request.dry_run else open_run(request, accelerator)
     config = request.config
     set_seed(config.experiment.seed, device_specific=True, deterministic=config.experiment.deterministic)
@@ -38,6 +51,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         dry_run(request, accelerator, precision, run_info)
         return None
     components = build_components(config, accelerator, precision)
+    on_main(accelerator, lambda: _same_data(folder, components, request, resumed))
     console = make_console(quiet=not accelerator.is_main_process)
     print_config(
         console,
@@ -47,6 +61,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     )
     info = run_info(components, request, folder)
     console.print(start_panel(info))
+    for line in run_notes(config):
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)
         results = experiment.run()

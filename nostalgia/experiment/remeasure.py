@@ -16,10 +16,11 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import EvaluationRequest
 from nostalgia.evaluation.per_class import evaluate_classes
 from nostalgia.experiment.components import load_tasks, task_loader, task_specs
+from nostalgia.experiment.data_check import FILE, check_data
 from nostalgia.experiment.exporting import EXPORT
 from nostalgia.models import load_heads, norm_statistics
 from nostalgia.models.exported import load_classes, load_export
-from nostalgia.parallel.coordination import agree
+from nostalgia.parallel.coordination import agree, on_main
 from nostalgia.reporting.class_table import Measured, print_measured
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.results import read_results
@@ -79,6 +80,10 @@ def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], acce
         return tasks
 
     tasks = load_tasks(request.config, accelerator)
+    on_main(
+        accelerator,
+        lambda: check_data(request.run_dir, tasks, f"measure a folder with --data, or remove {request.run_dir / FILE}"),
+    )
     return [task for task in agree(accelerator, lambda: check(tasks)) if task.name in chosen]
 
 

@@ -55,6 +55,7 @@ def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed 
     if resumed.state is not None:
         with store.understood(resumed.source):
             _keep_global_batch(request.config, resumed.state, accelerator.num_processes)
+        on_main(accelerator, lambda: _save_config(request.config, folder))
     return folder, resumed
 
 
@@ -86,6 +87,7 @@ def _open(request: Request) -> tuple[Path, Resumed | None]:
         _say(f"passed over: {line}")
     state = found.state()
     with store.understood(found.folder):
+        _keep_precision(config, state["config"], request.resume_override)
         _compare(config, state["config"], request.resume_override)
         run, then = state["run"], state["versions"]
         other = [
@@ -153,6 +155,16 @@ def _compare(config: Config, saved: dict[str, Any], override: bool) -> None:
         )
 
 
+def _keep_precision(config: Config, saved: dict[str, Any], override: bool) -> None:
+    """What ``auto`` became when the run began stays, on whatever machine it goes on; raises UsageError otherwise."""
+    then, now = saved["train"]["precision"], config.train.precision
+    if now != then and not override:
+        raise UsageError(
+            f"--resume: the run was begun in train.precision={then}, here it would go on in {now}: give "
+            f"train.precision={then} on a machine that has it, or --resume-override"
+        )
+
+
 def _keep_global_batch(config: Config, saved: dict[str, Any], world_size: int) -> None:
     """On another number of ranks, choose the batch per device that makes the run's own global batch."""
     per_rank, rest = divmod(saved["global_batch"], world_size)
@@ -162,7 +174,13 @@ def _keep_global_batch(config: Config, saved: dict[str, Any], world_size: int) -
             f"--resume: the run's global batch of {saved['global_batch']} cannot be cut over {world_size} ranks with "
             f"train.gradient_accumulation_steps={accumulation}; use a number of ranks that divides it"
         )
-    config.dataset.batch_size = per_rank // accumulation
+    kept = per_rank // accumulation
+    if config.dataset.batch_size != kept:
+        _say(
+            f"note: dataset.batch_size={config.dataset.batch_size} is ignored: {kept} a device keeps the run's global batch "
+            f"of {saved['global_batch']}"
+        )
+    config.dataset.batch_size = kept
 
 
 def _save_config(config: Config, folder: Path) -> None:
@@ -189,4 +207,5 @@ def _steps(state: dict[str, Any]) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

@@ -120,7 +120,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
             "image_mean": list(backbone.mean),
             "image_std": list(backbone.std),
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     metadata = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ class RunLog:
         self.accelerator = accelerator
         self.config = flatten(config or {})
         self.step = 0
+        if save_dir is not None:
+            save_dir = own_folder(save_dir, run_dir)
         self._run_dir, self._tensorboard_root = run_dir, save_dir or run_dir
         self._warn = warn
         self._trackers: list[Forgiving] = []
@@ -225,6 +228,13 @@ class RunLog:
             self._memory = CsvLog(path, MEMORY_COLUMNS)
         except (OSError, ValueError) as error:
             self._warn(f"memory.csv cannot be written, the run goes on without it: {error}")
+
+
+def own_folder(save_dir: Path, run_dir: Path) -> Path:
+    """The run's own folder below a folder that several runs write to: nothing of another run is ever touched."""
+    place = run_dir.resolve()
+    digest = hashlib.blake2s(str(place).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return save_dir / f"{place.parent.name}_{place.name}_{digest}"
 
 
 def memory_sample(device: torch.device) -> tuple[float, float]:

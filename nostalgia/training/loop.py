@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -11,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from transformers import get_scheduler
 
 from nostalgia.checkpoint.store import understood
 from nostalgia.data.stream import TaskLoader
@@ -22,6 +23,8 @@ from nostalgia.parallel import tensors
 from nostalgia.parallel.modules import bare_module, inner_module, named_parameters
 from nostalgia.training.overhead import OverheadClock
 from nostalgia.training.step import StepResult, train_step
+
+WARMUP_SHARE = 0.2  # of a phase, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +179,9 @@ class Training:
         self._make_optimizer_state(tensors.broadcast_object(sorted(state.tensors)))
         tensors.from_main({**self._heads(), **self._optimizer_state()}, state.tensors, source)
         self.scheduler.last_epoch = position["scheduler"] - 1
-        self.scheduler.step()
+        with warnings.catch_warnings():  # torch counts the optimizer's steps of this process alone
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
+            self.scheduler.step()
         if self.phase.accelerator.scaler is not None and position["scaler"] is not None:
             self.phase.accelerator.scaler.load_state_dict(position["scaler"])
 
@@ -272,11 +277,21 @@ def make_optimizer(model: nn.Module, options: Optimization) -> Optimizer:
 def make_scheduler(
     optimizer: Optimizer, options: Optimization, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then cosine to zero or constant; one call to ``step`` a taken optimizer step, on every rank."""
+    """Linear warm-up from the first step on, then cosine to zero or constant; one ``step`` a taken optimizer step.
+
+    The warm-up takes at most `WARMUP_SHARE` of the phase: a rate that only rises would never come down.
+    """
     total = max(1, options.epochs * steps_per_epoch)
-    name = "cosine" if options.scheduler == "cosine" else "constant_with_warmup"
-    warmup = min(int(options.warmup_epochs * steps_per_epoch), total - 1)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    warmup = min(int(options.warmup_epochs * steps_per_epoch), int(WARMUP_SHARE * total))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if options.scheduler != "cosine":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def scope_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:

@@ -85,8 +85,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "python -m nostalgia.train dataset=digits experiment.split=classes model=resnet18 dataset.image_size=32 "
     "model.pretrained=false": (LATER, RUN + " experiment.name=other dataset.batch_size=8 method=finetune"),
-    "python -m nostalgia.train --suite demo method.name=cautious:Cautious": (HERE, RUN + " experiment.name=other"),
-    "python -m nostalgia.sweep --suite demo --methods nostalgia,cautious:Cautious --seeds 0": (
+    "python -m nostalgia.train --suite demo method=pulling:Pulling method.strength=0.5": (
+        HERE, RUN + " experiment.name=other",
+    ),
+    "python -m nostalgia.train --suite demo method=replaying:Replaying": (HERE, RUN + " experiment.name=other"),
+    "python -m nostalgia.sweep --suite demo --methods nostalgia,pulling:Pulling --seeds 0": (
         STUBS, "train.accelerator=cpu experiment.name=stub",
     ),
     "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results": (HERE, ""),

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from nostalgia.data import torchvision_files
 from nostalgia.data.catalog import CATALOG, ENTRY_KEYS
 from nostalgia.data.imagenet import SUBSETS
 from nostalgia.data.sources import load_source
@@ -72,7 +73,10 @@ def test_the_error_lists_what_was_tried_and_how_to_get_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(set(CATALOG) - {"digits"}))
-def test_every_name_is_refused_in_a_few_lines_where_it_is_missing(name: str, tmp_path: Path) -> None:
+def test_every_name_is_refused_in_a_few_lines_where_it_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision_files, "SYSTEM", {})
     with pytest.raises(NotFoundError, match=f"dataset {name} was not found") as caught:
         load_source(name, root=tmp_path, download=False)
     assert len(str(caught.value).splitlines()) <= 12

@@ -1,0 +1,66 @@
+"""The images a run began with: recorded beside it, and compared when it goes on or is measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nostalgia.config import Config
+from nostalgia.data.fingerprint import difference, fingerprint, names_of
+from nostalgia.data.tasks import Task
+from nostalgia.errors import NotFoundError
+from nostalgia.reporting.files import read_json, write_json
+
+FILE = "data.json"  # in the run's folder
+
+
+def record_data(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write what each task's splits hold; images by name where they are not too many."""
+    write_json(folder / FILE, {task.name: _splits(task) for task in tasks})
+
+
+def check_data(folder: Path, tasks: Sequence[Task], remedy: str) -> None:
+    """Raise NotFoundError where a split is not what `record_data` wrote, naming counts and the first few images.
+
+    A run folder without the file, from an earlier version, is taken as it is.
+    """
+    if not (folder / FILE).is_file():
+        return
+    then = read_json(folder / FILE)
+    for task in tasks:
+        for split, now in _splits(task).items():
+            before = then.get(task.name, {}).get(split)
+            changed = before and difference(before, now, before.get("names"), now["names"])
+            if changed:
+                raise NotFoundError(
+                    f"{task.name}: its {split} images are not those the run began with: {changed}; put them back "
+                    f"({task.source}), or {remedy}"
+                )
+
+
+def absolute_paths(config: Config) -> None:
+    """Resolve the folders that a configuration names, so that it means the same in another working folder."""
+    config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
+    config.dataset.name = _absolute(config.dataset.name)
+    if config.model.model_id is not None:
+        config.model.model_id = _absolute(config.model.model_id)
+    for i, task in enumerate(config.experiment.tasks or []):
+        if isinstance(task, str):
+            config.experiment.tasks[i] = _absolute(task)  # type: ignore[index]
+        elif isinstance(task, dict) and isinstance(task.get("dataset"), str):
+            task["dataset"] = _absolute(task["dataset"])
+
+
+def _absolute(name: str) -> str:
+    """A name that leads to something here, as an absolute path; any other as it is."""
+    path = Path(name).expanduser()
+    leads = ("/" in name or name.startswith((".", "~"))) and path.exists()
+    return str(path.absolute()) if leads else name
+
+
+def _splits(task: Task) -> dict[str, Any]:
+    return {
+        split: {**fingerprint(images), "names": names_of(images)}
+        for split, images in (("training", task.train), ("validation", task.val))
+    }
