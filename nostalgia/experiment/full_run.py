@@ -6,19 +6,24 @@ from pathlib import Path
 
 from rich.panel import Panel
 
-from nostalgia.config import Request, parse
+from nostalgia.config import Config, Request, parse
 from nostalgia.experiment.components import Components, chosen_method, complete_method
+from nostalgia.methods.base import MemoryPlan
 from nostalgia.reporting.console import RunInfo
 from nostalgia.reporting.cost import Measured, TaskLoad, Workload, cost_panel, estimate
 from nostalgia.reporting.run_folder import read_run
 
 
-def cost_of_full_run(request: Request, run: Components, info: RunInfo, folder: Path) -> Panel:
-    """The panel that a ``--debug`` run in ``folder`` ends with; ``info`` is its own, with the same model and batch."""
+def full_run_of(request: Request, run: Components) -> tuple[Config, MemoryPlan]:
+    """The configuration without ``--debug``, and what its method would remember; a collective."""
     full = parse([word for word in request.argv if word != "--debug"]).config
     complete_method(full)
+    return full, chosen_method(full).memory_plan(run.space, len(run.tasks))
+
+
+def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunInfo, folder: Path) -> Panel:
+    """The panel that a ``--debug`` run in ``folder`` ends with; ``info`` is its own, with the same model and batch."""
     done, joint = read_run(folder), run.method.joint
-    plan = chosen_method(full).memory_plan(run.space, len(run.tasks))
     heads = sum(len(task.classes) * (run.backbone.feature_dim + 1) for task in run.tasks)
     per_task = None if joint else full.train.epochs_per_task
     per_task = per_task or [full.train.epochs] * len(run.tasks)

@@ -15,7 +15,7 @@ from nostalgia.experiment.data_check import absolute_paths, check_data, record_d
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.exporting import EXPORT, export_run
-from nostalgia.experiment.full_run import cost_of_full_run
+from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import run_info, run_notes
 from nostalgia.experiment.resume import Resumed, open_run
 from nostalgia.parallel.coordination import on_main
@@ -66,6 +66,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)
         results = experiment.run()
+    full = full_run_of(request, components) if request.debug else ()
     if accelerator.is_main_process:
         paths = write_results(folder / "results", results)
         drawn = draw_run(read_run(folder), folder / "results" / "figures")
@@ -76,8 +77,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         print_final(console, results, paths)
         if drawn.skipped:  # `plot_all` says why of each
             console.print(f"nothing to draw for  {', '.join(drawn.skipped)}", highlight=False)
-        if request.debug:
-            console.print(cost_of_full_run(request, components, info, folder))
+        if full:
+            console.print(cost_of_full_run(*full, components, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder
