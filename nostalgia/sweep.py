@@ -16,8 +16,11 @@ from omegaconf import OmegaConf
 
 from nostalgia.config import Config, parse
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.experiment.components import complete_method
+from nostalgia.experiment.data_check import absolute_paths
+from nostalgia.methods.loading import method_class
 from nostalgia.plain.yaml_files import read_yaml
-from nostalgia.reporting.results import read_results
+from nostalgia.reporting.results import RunResults, read_results
 from nostalgia.reporting.streams import make_console
 from nostalgia.sweep_runner import Job, run_jobs
 
@@ -25,6 +28,7 @@ EXAMPLES = """examples:
   python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2
   python -m nostalgia.sweep --suite demo --seeds 0 nostalgia.top_k=128 experiment.output_dir=runs/k128
   NPROC=1 python -m nostalgia.sweep --suite demo --methods finetune --seeds 0,1,2,3 --parallel 2
+  python -m nostalgia.sweep --suite demo --methods finetune,ewc,kronecker --strengths auto --seeds 0,1 --select-seeds 2
 
 All other words are those of nostalgia.train. A run's folder is <experiment.output_dir>/<method>/seed<seed>, and
 its output is in seed<seed>.log beside it. What is complete is skipped and what was interrupted goes on, so the
@@ -46,6 +50,18 @@ class Options:
     parallel: int
     dry_run: bool
     words: tuple[str, ...]  # for nostalgia.train
+    strengths: tuple[float, ...] | None = None  # None: as configured; empty: each method's own grid
+    select_seeds: tuple[int, ...] = ()
+    budget_minutes: float | None = None  # starts no run after that
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the sweep, and where it stands in the comparison."""
+
+    job: Job
+    method: str
+    strength: float | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweep(options: Options) -> int:
     """Run what is missing and print the comparison of what is complete; returns the exit code."""
     console = make_console()
-    jobs = plan(options)
+    planned = plan(options)
+    jobs = [cell.job for cell in planned]
     missing = [job for job in jobs if not job.complete]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} complete already", highlight=False)
     if options.dry_run:
@@ -68,10 +85,10 @@ def sweep(options: Options) -> int:
             state = "complete" if job.complete else "to go on" if (job.folder / "config.yaml").exists() else "to run"
             console.print(f"{job.name:<24} {state:<9} {job.folder}", highlight=False, markup=False, soft_wrap=True)
         return 0
-    outcomes = run_jobs(missing, options.parallel, console)
-    done = [job.folder for job in jobs if job.complete or outcomes[job.name].code == 0]
+    outcomes = run_jobs(missing, options.parallel, console, options.budget_minutes)
+    done = [cell for cell in planned if cell.job.complete or outcomes[cell.job.name].code == 0]
     if done:
-        show(done, console)
+        show(done, options, console)
     failed = [outcome for outcome in outcomes.values() if outcome.code not in (0, 75)]
     stopped = [outcome for outcome in outcomes.values() if outcome.code == 75]
     for outcome in failed:
@@ -81,17 +98,44 @@ def sweep(options: Options) -> int:
     return 4 if failed else 75 if stopped else 0
 
 
-def plan(options: Options) -> list[Job]:
-    """A job for each method and seed, the words checked; raises UsageError where a finished run had other settings."""
-    jobs = []
-    for seed in options.seeds:
+def plan(options: Options) -> list[Cell]:
+    """A run for each seed, method and strength, the words checked.
+
+    Raises UsageError where a finished run had other settings, and for a strength that a method does not have.
+    """
+    cells = []
+    seeds = (*options.seeds, *(seed for seed in options.select_seeds if seed not in options.seeds))
+    for seed in seeds:
         for method in options.methods:
-            key = "method.name" if ":" in method else "method"  # a class of the user's, or a file of configs/method
-            words = [*options.words, "--quiet", f"{key}={method}", f"experiment.seed={seed}"]
-            config = parse(words).config
-            folder = Path(config.experiment.output_dir).expanduser() / method.split(":")[-1] / f"seed{seed}"
-            jobs.append(Job(f"{method} seed {seed}", folder, tuple(words), is_complete(folder, config)))
-    return jobs
+            for strength in _strengths(method, options.strengths):
+                cells.append(_cell(method, strength, seed, options))
+    return cells
+
+
+def _cell(method: str, strength: float | None, seed: int, options: Options) -> Cell:
+    words = [*options.words, "--quiet", f"method={method}", f"experiment.seed={seed}"]
+    label, name = f"{method} seed {seed}", _folder_name(method, options.methods)
+    if strength is not None:
+        words.append(f"method.{method_class(method).strength_option}={strength:g}")
+        label, name = f"{method} {strength:g} seed {seed}", f"{name}/strength_{strength:g}"
+    config = parse(words).config
+    complete_method(config)
+    absolute_paths(config)
+    folder = Path(config.experiment.output_dir).expanduser() / name / f"seed{seed}"
+    return Cell(Job(label, folder, tuple(words), is_complete(folder, config)), method, strength)
+
+
+def _strengths(method: str, wanted: tuple[float, ...] | None) -> Sequence[float | None]:
+    """The strengths a method is run at: None is as it is configured."""
+    grid = method_class(method).strengths if wanted is not None else ()
+    return [None] if not grid else list(wanted or grid)
+
+
+def _folder_name(method: str, methods: Sequence[str]) -> str:
+    """The name of its class; with its module where two of the sweep's classes are called alike."""
+    short = method.split(":")[-1]
+    alike = [other for other in methods if other.split(":")[-1] == short]
+    return short if len(alike) == 1 else method.replace(":", ".")
 
 
 def is_complete(folder: Path, config: Config) -> bool:
@@ -115,6 +159,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     asked = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
     had = _flat(saved)
     keys = [key for key in sorted(asked | had) if not key.startswith(FREE)]
+    if asked.get("train.precision") == "auto":  # a run records what it became
+        keys.remove("train.precision")
     return [f"{key} was {had.get(key)}, is {asked.get(key)}" for key in keys if had.get(key) != asked.get(key)]
 
 
@@ -125,8 +171,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key in values for k, v in _flat(values[key], f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def show(folders: Sequence[Path], console: Any) -> None:
-    """The table of methods, mean and standard deviation over seeds, and the report of all runs together."""
+def show(cells: Sequence[Cell], options: Options, console: Any) -> None:
+    """The table of methods, mean and standard deviation over seeds, and the report of all runs together.
+
+    Where strengths were searched, the comparison at equal learning accuracy, beside the runs in frontier.*.
+    """
+    folders = [cell.job.folder for cell in cells]
+    if options.strengths is not None:
+        show_frontier(cells, options, console)
+        return
     # Drawing takes seconds to import: nothing above should wait for it.
     from nostalgia.reporting.compare import compare, shown
     from nostalgia.reporting.report import write_report
@@ -135,6 +188,25 @@ def show(folders: Sequence[Path], console: Any) -> None:
     compare(folders, console)
     page = write_report(list(folders), folders[0].parent.parent / "report.html")
     console.print(f"all together {shown(page)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_frontier(cells: Sequence[Cell], options: Options, console: Any) -> None:
+    """Write and print the comparison at equal learning accuracy."""
+    from nostalgia.reporting.figures_frontier import frontier_figure
+    from nostalgia.reporting.frontier import frontier, markdown, write_frontier
+
+    runs: dict[tuple[str, float | None], list[RunResults]] = {}
+    for cell in cells:
+        runs.setdefault((cell.method, cell.strength), []).append(read_results(cell.job.folder / "results"))
+    found = frontier(runs, options.select_seeds)
+    output = Path(parse(list(options.words)).config.experiment.output_dir).expanduser()
+    paths = write_frontier(output, found)
+    paths["frontier.png"] = output / "frontier.png"
+    frontier_figure(found).savefig(paths["frontier.png"], dpi=150)
+    console.print()
+    console.print(markdown(found), highlight=False, markup=False, soft_wrap=True)
+    for path in paths.values():
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def read_options(arguments: list[str]) -> Options:
@@ -153,7 +225,29 @@ def read_options(arguments: list[str]) -> Options:
             raise UsageError(f"{name} {getattr(flags, name[2:])}: name at least one, and each once")
     if flags.parallel < 1:
         raise UsageError(f"--parallel {flags.parallel}: allowed is 1 or more")
-    return Options(tuple(methods), tuple(seeds), flags.parallel, flags.dry_run, tuple(words))
+    try:
+        select = [int(seed) for seed in (flags.select_seeds or "").split(",") if seed]
+        auto = flags.strengths in (None, "auto")
+        strengths = None if auto else [float(value) for value in flags.strengths.split(",") if value]
+    except ValueError:
+        raise UsageError(
+            f"--strengths {flags.strengths}, --select-seeds {flags.select_seeds}: numbers separated by commas"
+        ) from None
+    if set(select) & set(seeds):
+        raise UsageError(f"--select-seeds {flags.select_seeds}: other seeds than those reported, --seeds {flags.seeds}")
+    if select and flags.strengths is None:
+        raise UsageError("--select-seeds goes with --strengths: strengths are selected on them")
+    chosen = () if flags.strengths == "auto" else None if strengths is None else tuple(strengths)
+    return Options(
+        tuple(methods),
+        tuple(seeds),
+        flags.parallel,
+        flags.dry_run,
+        tuple(words),
+        chosen,
+        tuple(select),
+        flags.budget_minutes,
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,6 +266,13 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--methods", default="nostalgia,finetune,joint", metavar="A,B", help="default: %(default)s")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: %(default)s")
+    parser.add_argument(
+        "--strengths",
+        metavar="auto|A,B",
+        help="run each method over strengths, its own grid or these, and compare at equal learning accuracy",
+    )
+    parser.add_argument("--select-seeds", metavar="3,4", help="choose strengths on these seeds, report the others")
+    parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after M minutes")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; GPUs are shared out")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their folders; run nothing")
     return parser

@@ -60,8 +60,9 @@ class Outcome:
 class Sweep:
     """The runs under way; a signal ends them with a checkpoint and starts no further one."""
 
-    def __init__(self, parallel: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, parallel: int, environment: Mapping[str, str], budget_minutes: float | None = None) -> None:
         self._environment = environment
+        self._deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
         self._slots: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
         for slot in gpu_slots(parallel, environment):
             self._slots.put(slot)
@@ -97,7 +98,8 @@ class Sweep:
         environment = {**self._environment, **slot, "RUN_DIR": str(job.folder)}
         with job.log.open("ab") as log:
             with self._lock:
-                if self.stopping:
+                late = self._deadline is not None and time.monotonic() > self._deadline
+                if self.stopping or late:
                     return 75
                 # A session of its own: the terminal's Ctrl-C comes to us, and from us to the runs.
                 process = subprocess.Popen(
@@ -110,9 +112,14 @@ class Sweep:
         return code
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, console: Console) -> dict[str, Outcome]:
-    """Run ``jobs``, ``parallel`` at a time, whatever becomes of each; their outcomes by name."""
-    sweep, outcomes = Sweep(parallel, os.environ), {}
+def run_jobs(
+    jobs: Sequence[Job], parallel: int, console: Console, budget_minutes: float | None = None
+) -> dict[str, Outcome]:
+    """Run ``jobs``, ``parallel`` at a time, whatever becomes of each; their outcomes by name.
+
+    After ``budget_minutes`` no further one is started: what is left counts as interrupted.
+    """
+    sweep, outcomes = Sweep(parallel, os.environ, budget_minutes), {}
     with _signals_to(sweep), _display(console, len(jobs)) as show, ThreadPoolExecutor(parallel) as pool:
         waiting = {pool.submit(sweep.run, job) for job in jobs}
         while waiting:

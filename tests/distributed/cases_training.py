@@ -61,9 +61,9 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
 
 def left_behind(folder: Path) -> dict[str, Any]:
     rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-    leak = rows[0].index("leak")
+    leak, split = rows[0].index("leak"), rows[0].index("split")
     return {
-        "leaks": [float(row[leak]) for row in rows[1:] if row[leak]],
+        "leaks": [float(row[leak]) for row in rows[1:] if row[leak] and row[split] == "val"],
         "accuracies": json.loads((folder / "results/results.json").read_text())["accuracy_matrix"],
         "spectrum_panels": len(run_drawers(read_run(folder))["spectrum"]().axes)
         if list(folder.glob("curvature/*.json"))

@@ -39,8 +39,11 @@ from pathlib import Path
 from nostalgia.config import parse, save
 from nostalgia.reporting.results import RunResults, write_results
 
+from nostalgia.experiment.components import complete_method
+
 request = parse(sys.argv[sys.argv.index("-m") + 2 :])
-folder, method, seed = request.run_dir, request.config.method.name, request.config.experiment.seed
+complete_method(request.config)
+folder, method, seed = request.run_dir, request.config.method["name"], request.config.experiment.seed
 folder.mkdir(parents=True, exist_ok=True)
 if os.environ.get("SLURM_NODEID", "0") != "0":
     sys.exit(0)

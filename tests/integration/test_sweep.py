@@ -114,3 +114,23 @@ def test_gpus_are_shared_out() -> None:
     assert (one, two) == ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"})
     assert gpu_slots(3, {}, ["0"]) == [{}, {}, {}]
     assert gpu_slots(1, {}, ["0", "1"]) == [{}]
+
+
+def test_strengths_are_searched_and_compared_and_a_failing_cell_costs_only_itself(tmp_path: Path) -> None:
+    words = ("--methods", "finetune,ewc", "--seeds", "0,1", "--strengths", "1,10")
+    code, output, errors = sweep(tmp_path, *words, STUB_ewc_1="fail")
+    assert code == 4
+    assert len(ran(tmp_path)) == 6
+    assert "ewc 1 seed 1 failed with exit code 4" in errors
+    table = (tmp_path / "runs" / "frontier.md").read_text()
+    assert "| finetune | - |" in table
+    assert (tmp_path / "runs" / "ewc" / "strength_10" / "seed0" / "results" / "results.json").exists()
+    code, _output, errors = sweep(tmp_path, *words, "--parallel", "2")
+    assert code == 0, errors
+    assert len(ran(tmp_path)) == 2
+    whole = (tmp_path / "runs" / "frontier.json").read_text()
+    assert "| ewc | 1 |" in (tmp_path / "runs" / "frontier.md").read_text()
+    assert sweep(tmp_path, *words)[0] == 0
+    assert (tmp_path / "runs" / "frontier.json").read_text() == whole
+    code, _, errors = sweep(tmp_path, *words, "--select-seeds", "1")
+    assert (code, errors.count("error")) == (2, 1)
