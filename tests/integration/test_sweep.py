@@ -118,7 +118,7 @@ def test_gpus_are_shared_out() -> None:
 
 def test_strengths_are_searched_and_compared_and_a_failing_cell_costs_only_itself(tmp_path: Path) -> None:
     words = ("--methods", "finetune,ewc", "--seeds", "0,1", "--strengths", "1,10")
-    code, output, errors = sweep(tmp_path, *words, STUB_ewc_1="fail")
+    code, _output, errors = sweep(tmp_path, *words, STUB_ewc_1="fail")
     assert code == 4
     assert len(ran(tmp_path)) == 6
     assert "ewc 1 seed 1 failed with exit code 4" in errors
