@@ -252,25 +252,30 @@ class _Sums:
         """Squared gradients of single samples in the parameters that no layer holds; half of the draws is enough."""
         if not self.rest:
             return
-        chosen = cotangents if exact else cotangents[: (len(cotangents) + 1) // 2]
-        scale = len(cotangents) / len(chosen)
-        for number in range(len(cotangents[0])):
-            one = _row(batch, number)
-            with torch.enable_grad():
-                outputs, _ = self.network(self.network.theta, one)
-            theta = dict(zip(self.network.names, self.network.theta, strict=True))
-            targets = [theta[name] for name in self.rest]
-            for u in chosen:
-                found = torch.autograd.grad(
-                    outputs,
-                    targets,
-                    u[number : number + 1],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                for name, gradient in zip(self.rest, found, strict=True):
-                    self.diagonal[name].addcmul_(gradient, gradient, value=scale)
+        chosen = torch.stack(cotangents if exact else cotangents[: (len(cotangents) + 1) // 2], dim=1)  # (B, draws, C)
+        tensors = _tensors(batch)
+        theta = dict(zip(self.network.names, self.network.theta, strict=True))
+        start = tuple(theta[name].detach() for name in self.rest)
+
+        def squares(one: list[Tensor], us: Tensor) -> tuple[Tensor, ...]:
+            """Of one sample, summed over its cotangents ``us`` (draws, C)."""
+            row = iter(one)
+            sample = map_tensors(batch, lambda _: next(row)[None])
+
+            def outputs(values: tuple[Tensor, ...]) -> Tensor:
+                whole = {**theta, **dict(zip(self.rest, values, strict=True))}
+                return self.network(tuple(whole[name] for name in self.network.names), sample)[0][0]
+
+            pull = torch.func.vjp(outputs, start)[1]
+            return tuple(g.square().sum(dim=0) for g in torch.func.vmap(pull)(us)[0])
+
+        try:
+            found = [s.sum(dim=0) for s in torch.func.vmap(squares)(tensors, chosen)]
+        except RuntimeError:  # a network that looks at its values, which vmap does not take: one sample after another
+            rows = [squares([t[n] for t in tensors], chosen[n]) for n in range(len(chosen))]
+            found = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
+        for name, square in zip(self.rest, found, strict=True):
+            self.diagonal[name].add_(square, alpha=len(cotangents) / chosen.shape[1])
 
     def finish(self, total: int, given: Mapping[str, str], space: VectorSpace) -> KroneckerFactors:
         tensors = [*self.inputs.values(), *self.outputs.values(), *self.diagonal.values()]
@@ -352,8 +357,3 @@ def _tensors(batch: Any) -> list[Tensor]:
         if isinstance(item, (Tensor, Mapping, list, tuple)):
             found += _tensors(item)
     return found
-
-
-def _row(batch: Any, number: int) -> Any:
-    """The batch of one sample: row ``number`` of each of its tensors."""
-    return map_tensors(batch, lambda t: t[number : number + 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ class Experiment:
         loader = run.loader(tasks, train=True, name=name, heads=[names.index(task.head) for task in tasks])
         validate = None
         if len(tasks) == 1:
-            validate = lambda model: self._score(model, tasks[0], names.index(tasks[0].head))  # noqa: E731
+            head, reach = names.index(tasks[0].head), self.checkpoints.reach
+            validate = lambda model: self._score(model, tasks[0], head, reach)  # noqa: E731
         observer = PhaseObserver(self.progress, self.log, name, state.step, validate=validate)
         model = fit_phase(
             self,
@@ -156,6 +158,7 @@ class Experiment:
                 self.checkpoints.after_product(work)
 
             context = task_context(run, tasks, TaskModel(run.backbone, list(heads.values())), list(heads), pause)
+            context.validate = self._mean_accuracy
             run.method.task = context
             run.method.end_task(context)
         self.state.between_overhead += time.perf_counter() - started
@@ -173,7 +176,7 @@ class Experiment:
         """A row of both accuracy matrices: each task seen, with the task known and not known."""
         run, state = self.c, self.state
         seen = run.tasks[: state.tasks]
-        scores = [self._score_finished(task) for task in seen]
+        scores = [self._score_finished(task, self.checkpoints.reach) for task in seen]
         self.log.evaluation(
             step=state.step,
             tasks=[t.name for t in seen],
@@ -218,7 +221,7 @@ class Experiment:
             self.state.step,
             label="warmup",
             record=record,
-            finish=lambda model: self._score(model, task, 0),
+            finish=lambda model: self._score(model, task, 0, self.checkpoints.reach),
         )
         backbone.set_trainable(False)  # type: ignore[operator]
         epochs = self.config.train.head_warmup_epochs
@@ -232,23 +235,27 @@ class Experiment:
         assert observer.score is not None
         return model.heads[0], observer.score
 
-    def _score_finished(self, task: Task) -> Score:
+    def _mean_accuracy(self) -> float:
+        """Of the tasks seen, each known, over their validation images; a run does not stop within."""
+        seen = self.c.tasks[: self.state.tasks]
+        return sum(self._score_finished(task).accuracy for task in seen) / len(seen)
+
+    def _score_finished(self, task: Task, pause: Callable[[], None] | None = None) -> Score:
         """The task with its own batch-norm statistics where it is known, with the network's as it stands where not."""
         run = self.c
         model, head = TaskModel(run.backbone, list(run.heads.values())), list(run.heads).index(task.head)
         statistics = run.norm_statistics[task.index - 1]
         if self.config.model.norm_statistics != "per_task" or not statistics or task.index == self.state.tasks:
-            return self._score(model, task, head)
+            return self._score(model, task, head, pause)
         with norm_statistics.using(run.backbone, statistics):
-            known = self._score(model, task, head)
+            known = self._score(model, task, head, pause)
         with norm_statistics.using(run.backbone, run.norm_statistics[-1]):
-            unknown = self._score(model, task, head)
+            unknown = self._score(model, task, head, pause)
         return Score(known.accuracy, known.loss, known.correct, known.num_samples, unknown.class_incremental)
 
-    def _score(self, model: nn.Module, task: Task, head: int) -> Score:
+    def _score(self, model: nn.Module, task: Task, head: int, pause: Callable[[], None] | None = None) -> Score:
         limit = self.config.train.max_eval_batches
-        loader = self.val_loaders[task.index - 1]
-        return evaluate(model, loader, self.accelerator, limit, self.checkpoints.reach, head=head)
+        return evaluate(model, self.val_loaders[task.index - 1], self.accelerator, limit, pause, head=head)
 
     def guard(self, parameters: dict[str, torch.Tensor], where: str) -> None:
         """Raise RunFailedError where ranks hold different numbers."""

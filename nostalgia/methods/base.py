@@ -58,7 +58,7 @@ class TaskContext:
     loader: Callable[[Sequence[Exemplar]], ExemplarLoader]
     """``loader(exemplars)``: training batches of stored (task, index) pairs; their heads must be in the model."""
     validate: Callable[[], float] = lambda: 0.0
-    """Mean validation accuracy over the tasks seen, of the network as it stands at the end of a task."""
+    """In `Method.end_task`: mean validation accuracy over the tasks seen, of the network as it stands. A collective."""
     augmented: bool = True  # whether training images differ from epoch to epoch
     pause: Callable[[int, int, int], None] = _no_pause
     """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and

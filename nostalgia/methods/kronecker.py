@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature as a penalty in weight space, with no eigensolve, and anchored outputs."""
+"""Kronecker-factored curvature as a penalty in weight space, with no eigensolve; optionally anchored outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class KroneckerConfig:
     budget_bytes: int | None = option(
         2**28, "Factors on a rank, beyond which all tasks become one pair a layer; null: never.", low=0
     )
-    anchor: float = option(1.0, "Strength of the distillation of earlier tasks' outputs; 0: none.", low=0)
+    anchor: float = option(0.0, "Strength of the distillation of earlier tasks' outputs; 0: none.", low=0)
     anchor_temperature: float = option(2.0, "Of the distillation's softmaxes.", above=0)
 
 
