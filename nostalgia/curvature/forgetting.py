@@ -8,7 +8,13 @@ q_i and lambda_i the k eigenpairs that were found, d_out the part of d outside t
 The last term takes the rest of the spectrum as equal in all directions; whatever that spectrum is, the rest cannot add
 more than 1/2 lambda_k |d_out|^2, the *bound* (with a pair that did not converge, and so is part of the rest, its upper
 limit where that is larger). A step that the method has projected has q_i.d = 0: only g.d and the rest
-are left. All of it is second order around a: far from it the numbers say how far the theory carries, not more.
+are left.
+
+With Kronecker factors of the task's curvature, which hold all of its spectrum in weight space, the rest is theirs:
+
+    increase ~ g.d + 1/2 sum_l tr(G_l D_l A_l D_l^T),   D_l the change of layer l's weight
+
+All of it is second order around a: far from it the numbers say how far the theory carries, not more.
 """
 
 from __future__ import annotations
@@ -16,12 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nostalgia.curvature.base import BatchedOperator
+from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.curvature.trace import trace_outside
 from nostalgia.errors import RunFailedError
 from nostalgia.linalg.lanczos import Eigenpairs
@@ -29,10 +37,13 @@ from nostalgia.linalg.vector_space import VectorSpace
 
 DEFINITIONS = {
     "measured": "mean loss on the task's curvature samples now, minus that at the end of the task",
-    "predicted": "linear + inside + outside",
+    "predicted": "linear + inside + outside; with Kronecker factors linear + kronecker",
     "linear": "g.d, with d the displacement of the projected parameters since the end of the task",
     "inside": "1/2 sum_i lambda_i (q_i.d)^2 over the task's converged eigenpairs",
     "outside": "1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2, with d_out the part of d outside their span",
+    "kronecker": "1/2 sum_l tr(G_l D_l A_l D_l^T), with D_l the change of layer l's weight and the task's Kronecker factors",
+    "explained": "sum of predicted over sum of measured, over all rows",
+    "within_factor_1.5": "share of the rows whose predicted increase is between measured / 1.5 and 1.5 measured",
     "bound": "1/2 lambda_k |d_out|^2: the most the outside can add while second order holds; a pair that did not "
     "converge is outside, and stands in for lambda_k where it is larger",
 }
@@ -75,42 +86,59 @@ class ForgettingRow:
     bound: float
     displacement: float  # |d|
     displacement_outside: float  # |d_out|
+    kronecker: float | None = None  # None: without factors
 
 
 class ForgettingPrediction:
     """Keeps an expansion of each finished task's loss, and holds it against what later tasks did to it.
 
-    ``bases`` maps tasks to their eigenvectors (k, P_local), shared with the caller: they are not copied, and must be
-    there for each task given to `finish`. Of each task two vectors (P_local,) more are kept. All ranks call every
-    method together; numbers are the same on all of them.
+    ``bases`` maps tasks to their eigenvectors (k, P_local), ``factors`` to their Kronecker factors: a task given to
+    `finish` has one of them at least. Both are shared with the caller, not copied. Of each task two vectors (P_local,)
+    more are kept. All ranks call every method together; numbers are the same on all of them.
     """
 
     def __init__(
-        self, space: VectorSpace, bases: Mapping[str, Tensor], *, trace_samples: int = 8, seed: int = 0
+        self,
+        space: VectorSpace,
+        bases: Mapping[str, Tensor],
+        factors: Mapping[str, KroneckerFactors] = MappingProxyType({}),
+        *,
+        trace_samples: int = 8,
+        seed: int = 0,
     ) -> None:
-        self.space, self.bases = space, bases
+        self.space, self.bases, self.factors = space, bases, factors
         self.trace_samples, self.seed = trace_samples, seed
         self.expansions: dict[str, Expansion] = {}
         self.rows: list[ForgettingRow] = []
         self.vectors: dict[str, Tensor] = {}  # task -> its parameters and its gradient (2, P_local)
 
     @torch.no_grad()
-    def finish(self, task: str, operator: BatchedOperator, pairs: Eigenpairs, loss: float | None = None) -> Expansion:
-        """Expand the loss of a task that ended at the operator's parameters: a gradient and ``trace_samples`` products.
+    def finish(
+        self, task: str, operator: BatchedOperator, pairs: Eigenpairs | None, loss: float | None = None
+    ) -> Expansion:
+        """Expand the loss of a task that ended at the operator's parameters: a gradient and, without Kronecker factors,
+        ``trace_samples`` products.
 
         ``loss`` is the mean loss there (default the operator's own): give what `measure` will compare it with.
         """
-        converged = pairs.converged.cpu()
-        kept = converged.nonzero().flatten()
-        limits = (pairs.eigenvalues + pairs.residuals).cpu()[~converged]
         gradient = operator.gradient()
-        rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
+        values, kept, limits = torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        if pairs is not None:
+            converged = pairs.converged.cpu()
+            kept = converged.nonzero().flatten()
+            values = pairs.eigenvalues.cpu()[kept]
+            limits = (pairs.eigenvalues + pairs.residuals).cpu()[~converged]
+        rest, error = 0.0, None
+        if task in self.factors:
+            rest = self.factors[task].trace() - float(values.sum())
+        elif pairs is not None:
+            rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
         if not math.isfinite(rest):
             raise RunFailedError(f"{task}: the trace of the curvature is {rest}; try curvature.precision=float64")
         expansion = Expansion(
             task=task,
             loss=operator.loss() if loss is None else loss,
-            eigenvalues=pairs.eigenvalues.cpu()[kept].tolist(),
+            eigenvalues=values.tolist(),
             kept=kept.tolist(),
             rest=rest,
             rest_error=error,
@@ -140,25 +168,36 @@ class ForgettingPrediction:
         anchor, gradient = self.vectors[task]
         d = theta - anchor
         products = self.space.gram(torch.stack([d, gradient]), d[None], exact=True)[:, 0].cpu()
-        coefficients = self.space.gram(self.bases[task], d[None], exact=True)[:, 0].cpu()[expansion.kept]
-        squares = coefficients.square()
+        squares = torch.zeros(0, dtype=torch.float64)
+        if expansion.kept:
+            found = self.space.gram(self.bases[task], d[None], exact=True)[:, 0].cpu()
+            squares = found[expansion.kept].square()
         outside_squared = max(float(products[0] - squares.sum()), 0.0)
         rest = self.space.size - len(expansion.kept)
         inside = 0.5 * float(torch.tensor(expansion.eigenvalues, dtype=torch.float64) @ squares)
-        outside = 0.5 * expansion.rest / rest * outside_squared if rest else 0.0
+        kronecker, outside = None, 0.0
+        if task in self.factors:
+            kronecker = self.factors[task].increase(self._whole(anchor), self._whole(theta))
+        elif rest:
+            outside = 0.5 * expansion.rest / rest * outside_squared
         linear = float(products[1])
         return ForgettingRow(
             task=task,
             after=after,
             measured=loss - expansion.loss,
-            predicted=linear + inside + outside,
+            predicted=linear + (inside + outside if kronecker is None else kronecker),
             linear=linear,
             inside=inside,
             outside=outside,
             bound=0.5 * expansion.smallest * outside_squared,
             displacement=float(products[0].clamp_min(0.0).sqrt()),
             displacement_outside=outside_squared**0.5,
+            kronecker=kronecker,
         )
+
+    def _whole(self, vector: Tensor) -> dict[str, Tensor]:
+        """Parameters by name, whole on every rank, of a vector (P_local,)."""
+        return dict(zip(self.space.names, self.space.gather(vector), strict=True))
 
     def report(self) -> dict[str, Any]:
         """All that was found, for results/forgetting_prediction.json."""
@@ -166,6 +205,7 @@ class ForgettingPrediction:
             "definitions": DEFINITIONS,
             "parameters": self.space.size,
             "trace_samples": self.trace_samples,
+            **self._accuracy(),
             "tasks": [
                 {
                     "task": e.task,
@@ -181,6 +221,15 @@ class ForgettingPrediction:
             ],
             "rows": [asdict(row) for row in self.rows],
         }
+
+    def _accuracy(self) -> dict[str, float]:
+        """How much of what was measured second order explains."""
+        measured = sum(row.measured for row in self.rows)
+        if not self.rows or measured == 0:
+            return {}
+        close = [row.measured / 1.5 <= row.predicted <= row.measured * 1.5 for row in self.rows]
+        explained = sum(row.predicted for row in self.rows) / measured
+        return {"explained": explained, "within_factor_1.5": sum(close) / len(close)}
 
     # -- to stop and go on -----------------------------------------------------------------------------------------
 

@@ -88,6 +88,24 @@ class KroneckerFactors:
             result.update(self._product(layer, parts))
         return self.space.take(result[name].to(self.space.dtype) for name in self.space.names)
 
+    @torch.no_grad()
+    def increase(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+        """1/2 sum_l tr(G_l D_l A_l D_l^T) + 1/2 sum_i h_i d_i^2, with D the change of the weights from ``before`` to
+        ``after``: whole parameters by name. An adapter's A that is frozen need not be given."""
+        before, after = {**self.values, **before}, {**self.values, **after}
+        total = sum(
+            float((diagonal * (after[name] - before[name]).square()).sum()) for name, diagonal in self.diagonal.items()
+        )
+        for layer in self.layers:
+            if layer.scaling is None:
+                change = (after[layer.parameters[0]] - before[layer.parameters[0]]).flatten(1)
+                total += float(((layer.outputs @ change @ layer.inputs) * change).sum())
+                continue
+            (a0, b0), (a, b) = ([values[name].flatten(1) for name in layer.parameters] for values in (before, after))
+            form = adapter_form(layer.inputs, layer.outputs, torch.cat([b, -b0], dim=1), torch.cat([a, a0]))
+            total += layer.scaling**2 * float(form)
+        return 0.5 * total
+
     def trace(self) -> float:
         """Trace over the parameters in scope, exact for weights and diagonals, and for adapters at ``values``."""
         total = sum(float(d.double().sum()) for d in self.diagonal.values())
@@ -313,6 +331,16 @@ class _Sums:
             name: values[name].clone() for layer in layers if layer.scaling is not None for name in layer.parameters
         }
         return KroneckerFactors(tuple(layers), diagonal, kept, space, total)
+
+
+def adapter_form(inputs: Tensor, outputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """sum_t tr(G_t D A_t D^T) (0-dim, float64) of D = L R with L (o, r) and R (r, i): no matrix of D's size is made.
+
+    ``inputs`` A ([t,] i, i) and ``outputs`` G ([t,] o, o).
+    """
+    inner = left.T @ outputs @ left  # ([t,] r, r)
+    outer = right @ inputs @ right.T
+    return (inner * outer.transpose(-1, -2)).sum().double()
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
 from nostalgia.experiment.components import Components, curvature_options
 from nostalgia.experiment.context import curvature_samples
+from nostalgia.experiment.saved_factors import SavedFactors
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import principal_angles
@@ -40,41 +41,48 @@ class Analysis:
 
     def __init__(self, run: Components, folder: Path, log: RunLog, warn: Callable[[str], None]) -> None:
         self.run, self.folder, self.log, self.warn = run, folder, log, warn
-        self.bases = SavedBases(run, folder)
+        self.bases, self.factors = SavedBases(run, folder), SavedFactors(run, folder)
         options = run.config.analysis
         self.prediction = ForgettingPrediction(
-            run.space, self.bases, trace_samples=options.trace_samples, seed=run.config.experiment.seed
+            run.space, self.bases, self.factors, trace_samples=options.trace_samples, seed=run.config.experiment.seed
         )
+        # Merged adapters begin anew: their parameters no longer say how far the network has moved.
+        merged = run.method.restarts_adapters or run.config.model.lora.merge == "task"
+        self.predicts = "false" if merged else options.predict_forgetting
         self._heads: dict[str, dict[str, Tensor]] = {}  # of each task, as it ended
 
     def task_ended(self, task: Task) -> Eigenpairs | None:
         """Record the task's curvature; returns its eigenpairs, None where the run has none."""
-        pairs, wanted = self.run.method.eigenpairs(), self.run.config.analysis.predict_forgetting
-        if pairs is None and wanted != "true":
+        pairs, factors = self.run.method.eigenpairs(), self.run.method.factors()
+        if pairs is None and factors is None and self.predicts != "true":
             return None
         operator = self._operator(task, self.run.config.curvature.hvp)
-        if pairs is None:
+        if pairs is None and factors is None:
             pairs = top_eigenpairs(operator, self.run.config.analysis.top_k, curvature_options(self.run.config))
-        if wanted != "false":
+        if factors is not None:
+            self.factors.save(task, factors)
+        if self.predicts != "false":
             self._predict(task, operator, pairs)
-        self._record(task, operator, pairs)
+        if pairs is not None:
+            self._record(task, operator, pairs)
         return pairs
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint's codec."""
         return {
             "bases": self.bases.files,
+            "factors": self.factors.files,
             "prediction": self.prediction.state(),
             "vectors": {task: Block(rows, self.run.space) for task, rows in self.prediction.vectors.items()},
             "heads": self._heads,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.bases.files = dict(state["bases"])
+        self.bases.files, self.factors.files = dict(state["bases"]), dict(state["factors"])
         self._heads = {name: dict(head) for name, head in state["heads"].items()}
         self.prediction.load_state(state["prediction"], {task: block.rows for task, block in state["vectors"].items()})
 
-    def _predict(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs) -> None:
+    def _predict(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs | None) -> None:
         """Measure the earlier tasks against their predictions, and expand this one's loss."""
         run = self.run
         by_name = {t.name: t for t in run.tasks}

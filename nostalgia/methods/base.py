@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nostalgia.curvature.eigenspace import CurvatureOptions
+from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.data.exemplars import Exemplar, ExemplarLoader
 from nostalgia.data.stream import Batch
 from nostalgia.data.tasks import Task
@@ -181,6 +182,10 @@ class Method:
 
     def eigenpairs(self) -> Eigenpairs | None:
         """Eigenpairs of the curvature of the task that has just ended, for analysis; None where none were computed."""
+        return None
+
+    def factors(self) -> KroneckerFactors | None:
+        """Kronecker factors of the curvature of the task that has just ended, for analysis; None where none were computed."""
         return None
 
     def report(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.data.stream import Batch
 from nostalgia.methods.base import Method, TaskContext
 from nostalgia.methods.distillation import Distillation, has_earlier_heads
@@ -73,6 +74,9 @@ class Kronecker(Method):
 
     def bytes_remembered(self) -> int:
         return 0 if self.tail is None else self.tail.bytes()
+
+    def factors(self) -> KroneckerFactors | None:
+        return None if self.tail is None else self.tail.factors
 
     def note(self) -> str:
         return "" if self.tail is None else self.tail.note

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nostalgia.curvature.eigenspace import CurvatureOptions
+from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
@@ -288,6 +289,9 @@ class Nostalgia(Method):
 
     def eigenpairs(self) -> Eigenpairs | None:
         return self.eigenspace.pairs
+
+    def factors(self) -> KroneckerFactors | None:
+        return None if self.tail is None else self.tail.factors
 
     def report(self) -> dict[str, Any]:
         return self.eigenspace.report()

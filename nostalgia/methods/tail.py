@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nostalgia.curvature.fisher import diagonal_fisher
-from nostalgia.curvature.kronecker import kronecker_factors
+from nostalgia.curvature.kronecker import KroneckerFactors, kronecker_factors
 from nostalgia.errors import UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.methods.base import TaskContext
@@ -40,10 +40,12 @@ class KroneckerTail:
     def __init__(self, options: TailOptions) -> None:
         self.options = options
         self.memory = KroneckerMemory(options.strength, options.budget_bytes)
+        self.factors: KroneckerFactors | None = None  # of the task that has just ended
         self.note = ""
 
     def begin(self, task: TaskContext) -> None:
         """Each task begins at the reference point; adapters merged since then count as begun anew."""
+        self.factors = None
         if self.memory.tasks:
             self.memory.anchor(scope_with_frozen_factors(task))
 
@@ -53,7 +55,7 @@ class KroneckerTail:
 
     def end(self, task: TaskContext) -> None:
         options, parameters = self.options, scope_with_frozen_factors(task)
-        factors = kronecker_factors(
+        factors = self.factors = kronecker_factors(
             task.model,
             task.objective.forward_fn,
             task.samples(options.num_samples),
@@ -85,6 +87,7 @@ class QuadraticTail:
 
     def __init__(self, options: TailOptions) -> None:
         self.options, self.penalty, self.note = options, QuadraticPenalty(), ""
+        self.factors: KroneckerFactors | None = None
 
     def begin(self, task: TaskContext) -> None:
         if self.penalty.center is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nostalgia.curvature.kronecker import KroneckerFactors
+from nostalgia.curvature.kronecker import KroneckerFactors, adapter_form
 from nostalgia.errors import UsageError
 from nostalgia.models.adapters import add_gradient
 
@@ -132,7 +132,7 @@ class KroneckerMemory:
         for layer in self.layers.values():
             if layer.scaling is not None:
                 _, (left, right) = self._adapter(layer, parameters)
-                total = total + layer.scaling**2 * _form(layer, left, right)
+                total = total + layer.scaling**2 * adapter_form(layer.inputs, layer.outputs, left, right)
         return 0.5 * self.strength * total
 
     def quadratic(self, d: Mapping[str, Tensor]) -> Tensor:
@@ -246,13 +246,6 @@ def _root(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
-
-
-def _form(layer: LayerTerms, left: Tensor, right: Tensor) -> Tensor:
-    """sum_t tr(G_t L R A_t R^T L^T) (0-dim, float64) of L (o, 2r), R (2r, i)."""
-    inner = left.T @ layer.outputs @ left  # (terms, 2r, 2r)
-    outer = right @ layer.inputs @ right.T
-    return (inner * outer.transpose(-1, -2)).sum().double()
 
 
 def _whole(tensor: Tensor) -> Tensor:

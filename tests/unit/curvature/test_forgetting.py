@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nostalgia.curvature import HessianOperator
 from nostalgia.curvature.forgetting import ForgettingPrediction
+from nostalgia.curvature.kronecker import kronecker_factors
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.curvature.trace import trace_outside
 from nostalgia.linalg.lanczos import lanczos
@@ -67,6 +68,37 @@ def test_exact_for_a_quadratic_loss_with_an_even_rest(k: int) -> None:
         assert sampling < 0.05 * row.predicted
         assert row.task == "one"
         assert row.after == "two"
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_kronecker_factors_are_exact_for_a_linear_network_with_squared_error(with_pairs: bool) -> None:
+    """The layer's curvature is 2 I (x) A: linear + kronecker is the whole increase, at any distance."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3, bias=False).double()
+    data = [(torch.randn(n, 5).double(), torch.randn(n, 3).double()) for n in (4, 7)]
+
+    def squared(m: nn.Module, b: Batch) -> tuple[Tensor, int]:
+        return (m(b[0]) - b[1]).square().sum(), len(b[1])
+
+    operator = HessianOperator(model, squared, data)
+    factors = kronecker_factors(
+        model, lambda m, b: (m(b[0]), b[1]), data, loss="mse", exact=True, precision="float64", space=operator.space
+    )
+    pairs = lanczos(operator, 2, tol=1e-10, max_products=500) if with_pairs else None
+    bases = {"one": pairs.eigenvectors} if pairs is not None else {}
+    prediction = ForgettingPrediction(operator.space, bases, {"one": factors})
+    prediction.finish("one", operator, pairs)
+    other = moved(model, 1, scale=10.0)
+    now = HessianOperator(other, squared, data)
+    (row,) = prediction.measure("two", now.space.take(other.parameters()), lambda _: now.loss())
+    assert row.predicted == pytest.approx(row.measured, rel=1e-10)
+    assert row.kronecker == pytest.approx(row.measured - row.linear, rel=1e-10)
+    report = prediction.report()
+    assert report["explained"] == pytest.approx(1.0, rel=1e-10)
+    assert report["within_factor_1.5"] == 1.0
+    again = ForgettingPrediction(operator.space, bases, {"one": factors})
+    again.load_state(json.loads(json.dumps(prediction.state())), prediction.vectors)
+    assert again.rows == prediction.rows
 
 
 def test_terms_equal_the_dense_ones_for_a_network() -> None:
