@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
@@ -25,6 +25,9 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+gpu: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

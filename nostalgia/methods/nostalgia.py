@@ -1,4 +1,5 @@
-"""The method: later tasks move in the complement of the top curvature directions of finished ones."""
+"""The method: later tasks move in the complement of finished tasks' top curvature directions, and are held by a penalty
+on the rest of their curvature."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class NostalgiaConfig(EigenspaceConfig):
     )
     projection_start_task: int = option(2, low=1)
     tail: str = option(
-        "none",
+        "kronecker",
         "Penalty on the rest of the spectrum, beside the projection: none, isotropic, diagonal or kronecker.",
         choices=TAILS,
     )
@@ -196,7 +197,8 @@ class Eigenspace:
 
 
 class Nostalgia(Method):
-    """Projects gradients and steps from task ``projection_start_task`` on (counted from 1) away from the memory."""
+    """Projects gradients and steps from task ``projection_start_task`` on (counted from 1) away from the memory; the tail of
+    the spectrum, which the top eigenpairs leave out, is a penalty beside it. ``tail=none`` is the projection alone."""
 
     name = "nostalgia"
     Config = NostalgiaConfig

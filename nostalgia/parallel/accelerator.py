@@ -82,7 +82,7 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
             mixed_precision=MIXED_PRECISION[precision],
             fsdp_plugin=plugin,
             kwargs_handlers=[
-                _group_of_this_attempt(timedelta(minutes=timeout_minutes)),
+                _process_group(timedelta(minutes=timeout_minutes), shared_card=not cpu and _ranks_share_a_card()),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
@@ -91,19 +91,24 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     return accelerator
 
 
-def _group_of_this_attempt(timeout: timedelta) -> InitProcessGroupKwargs:
-    """Keeps a restarted job's process group apart from the one before it.
+def _ranks_share_a_card() -> bool:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
+
+
+def _process_group(timeout: timedelta, shared_card: bool) -> InitProcessGroupKwargs:
+    """gloo where ranks share a card, which NCCL refuses; a restarted job's group is kept apart from the one before it.
 
     torchrun's store outlives a restart (torch 2.14): a new rank would find the addresses of dead ones in it, and the
     failure watch an old failure.
     """
-    handler = InitProcessGroupKwargs(timeout=timeout)
+    backend = {"backend": "gloo"} if shared_card else {}
+    handler = InitProcessGroupKwargs(timeout=timeout, **backend)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         group = {"store": PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
         # Accelerate takes this very class only, which has no field for a store.
-        handler.to_kwargs = lambda: {"timeout": timeout, **group}
+        handler.to_kwargs = lambda: {"timeout": timeout, **backend, **group}
     return handler
 
 

@@ -81,7 +81,7 @@ def test_forgetting_is_predicted_and_the_same_on_two_processes(runs: dict[int, P
         ("task2_digits", "task3_digits"),
     ]
     for a, b in zip(one, two, strict=True):
-        assert a["predicted"] == pytest.approx(a["linear"] + a["inside"] + a["outside"])
+        assert a["predicted"] == pytest.approx(a["linear"] + a["kronecker"])
         assert a["inside"] <= 1e-6 * a["bound"]  # the steps were projected
         assert (a["measured"], a["predicted"]) == pytest.approx((b["measured"], b["predicted"]), abs=5e-3)
 
