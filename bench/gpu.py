@@ -134,6 +134,7 @@ def all_stages(device: str, small: bool, out: Path) -> list[Stage]:
     ]
 
 
+SMALL_PRODUCTS = "--model vit_tiny --num-samples 8 --repeats 1 --methods hessian --precisions float32"
 SMALL_RUN = ["train.epochs=1", "train.max_steps_per_epoch=2", "train.max_eval_batches=1", "experiment.export=false"]
 ONE_CARD = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
