@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +43,10 @@ FREE = (
 )  # fmt: skip
 
 
+# None: as configured; a tuple: of every method that has one, its own grid where empty; a mapping: by method.
+Strengths = tuple[float, ...] | Mapping[str, tuple[float, ...]] | None
+
+
 @dataclass(frozen=True)
 class Options:
     methods: tuple[str, ...]
@@ -50,7 +54,7 @@ class Options:
     parallel: int
     dry_run: bool
     words: tuple[str, ...]  # for nostalgia.train
-    strengths: tuple[float, ...] | None = None  # None: as configured; empty: each method's own grid
+    strengths: Strengths = None
     select_seeds: tuple[int, ...] = ()
     budget_minutes: float | None = None  # starts no run after that
 
@@ -125,8 +129,10 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
     return Cell(Job(label, folder, tuple(words), is_complete(folder, config)), method, strength)
 
 
-def _strengths(method: str, wanted: tuple[float, ...] | None) -> Sequence[float | None]:
+def _strengths(method: str, wanted: Strengths) -> Sequence[float | None]:
     """The strengths a method is run at: None is as it is configured."""
+    if isinstance(wanted, Mapping):
+        return wanted.get(method, [None])
     grid = method_class(method).strengths if wanted is not None else ()
     return [None] if not grid else list(wanted or grid)
 
@@ -227,27 +233,43 @@ def read_options(arguments: list[str]) -> Options:
         raise UsageError(f"--parallel {flags.parallel}: allowed is 1 or more")
     try:
         select = [int(seed) for seed in (flags.select_seeds or "").split(",") if seed]
-        auto = flags.strengths in (None, "auto")
-        strengths = None if auto else [float(value) for value in flags.strengths.split(",") if value]
+        strengths = _read_strengths(flags.strengths, methods)
     except ValueError:
         raise UsageError(
-            f"--strengths {flags.strengths}, --select-seeds {flags.select_seeds}: numbers separated by commas"
+            f"--strengths {flags.strengths}, --select-seeds {flags.select_seeds}: numbers separated by commas; strengths "
+            "also auto, or by method: ewc=10,100,si=0.1"
         ) from None
     if set(select) & set(seeds):
         raise UsageError(f"--select-seeds {flags.select_seeds}: other seeds than those reported, --seeds {flags.seeds}")
     if select and flags.strengths is None:
         raise UsageError("--select-seeds goes with --strengths: strengths are selected on them")
-    chosen = () if flags.strengths == "auto" else None if strengths is None else tuple(strengths)
     return Options(
         tuple(methods),
         tuple(seeds),
         flags.parallel,
         flags.dry_run,
         tuple(words),
-        chosen,
+        strengths,
         tuple(select),
         flags.budget_minutes,
     )
+
+
+def _read_strengths(text: str | None, methods: Sequence[str]) -> Strengths:
+    """``auto``, numbers, or numbers by method; raises ValueError for a word that is no number."""
+    if text in (None, "auto"):
+        return None if text is None else ()
+    if "=" not in text:
+        return tuple(float(value) for value in text.split(",") if value)
+    found: dict[str, tuple[float, ...]] = {}
+    method = ""
+    for word in text.split(","):
+        name, equals, value = word.rpartition("=")
+        method = name if equals else method
+        if method not in methods or not method_class(method).strengths:
+            raise UsageError(f"--strengths {word}: {method or 'nothing'} is none of --methods that has a strength")
+        found[method] = (*found.get(method, ()), float(value))
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,8 +290,9 @@ def _parser() -> _Parser:
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: %(default)s")
     parser.add_argument(
         "--strengths",
-        metavar="auto|A,B",
-        help="run each method over strengths, its own grid or these, and compare at equal learning accuracy",
+        metavar="auto|A,B|METHOD=A,B,...",
+        help="run each method over strengths, its own grid, these, or those of its name (the others as configured), and "
+        "compare at equal learning accuracy",
     )
     parser.add_argument("--select-seeds", metavar="3,4", help="choose strengths on these seeds, report the others")
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after M minutes")

@@ -244,6 +244,7 @@ class LoggerConfig:
     tags: list[str] = field(default_factory=list)
     group: str | None = None
     name: str | None = None
+    report: bool = option(True, "Draw the figures and write report.html at the end of a run.", free=True)
     save_dir: str | None = option(None, "Where TensorBoard and W&B write; null: the run's folder.")
 
 

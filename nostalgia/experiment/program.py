@@ -69,16 +69,22 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     full = full_run_of(request, components) if request.debug else ()
     if accelerator.is_main_process:
         paths = write_results(folder / "results", results)
-        drawn = draw_run(read_run(folder), folder / "results" / "figures")
-        experiment.log.figures(drawn.made)
         if config.experiment.export:
             paths[EXPORT] = export_run(folder, components, results, request.argv)
-        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        skipped = _draw(experiment, folder, paths) if config.logger.report else []
         print_final(console, results, paths)
-        if drawn.skipped:  # `plot_all` says why of each
-            console.print(f"nothing to draw for  {', '.join(drawn.skipped)}", highlight=False)
+        if skipped:  # `plot_all` says why of each
+            console.print(f"nothing to draw for  {', '.join(skipped)}", highlight=False)
         if full:
             console.print(cost_of_full_run(*full, components, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _draw(experiment: Experiment, folder: Path, paths: dict[str, Path]) -> list[str]:
+    """Figures and report, their places added to ``paths``; returns what there was nothing to draw for."""
+    drawn = draw_run(read_run(folder), folder / "results" / "figures")
+    experiment.log.figures(drawn.made)
+    paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+    return list(drawn.skipped)
