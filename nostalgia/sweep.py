@@ -120,8 +120,9 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
     words = [*options.words, "--quiet", f"method={method}", f"experiment.seed={seed}"]
     label, name = f"{method} seed {seed}", _folder_name(method, options.methods)
     if strength is not None:
-        words.append(f"method.{method_class(method).strength_option}={strength:g}")
-        label, name = f"{method} {strength:g} seed {seed}", f"{name}/strength_{strength:g}"
+        text = f"{strength:.0f}" if strength == int(strength) else f"{strength:g}"  # 1e+06 is no whole number of bytes
+        words.append(f"method.{method_class(method).strength_option}={text}")
+        label, name = f"{method} {text} seed {seed}", f"{name}/strength_{text}"
     config = parse(words).config
     complete_method(config)
     absolute_paths(config)
