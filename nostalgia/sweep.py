@@ -201,6 +201,7 @@ def show_frontier(cells: Sequence[Cell], options: Options, console: Any) -> None
     """Write and print the comparison at equal learning accuracy."""
     from nostalgia.reporting.figures_frontier import frontier_figure
     from nostalgia.reporting.frontier import frontier, markdown, write_frontier
+    from nostalgia.reporting.report import write_report
 
     runs: dict[tuple[str, float | None], list[RunResults]] = {}
     for cell in cells:
@@ -210,6 +211,9 @@ def show_frontier(cells: Sequence[Cell], options: Options, console: Any) -> None
     paths = write_frontier(output, found)
     paths["frontier.png"] = output / "frontier.png"
     frontier_figure(found).savefig(paths["frontier.png"], dpi=150)
+    paths["report.html"] = write_report(
+        [cell.job.folder for cell in cells], output / "report.html", options.select_seeds
+    )
     console.print()
     console.print(markdown(found), highlight=False, markup=False, soft_wrap=True)
     for path in paths.values():

@@ -182,6 +182,7 @@ class Experiment:
             tasks=[t.name for t in seen],
             accuracies=[s.accuracy for s in scores],
             losses=[s.loss for s in scores],
+            class_incremental=[s.class_incremental for s in scores],
         )
         count = len(run.tasks)
         for matrix, row in (

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nostalgia.errors import NotFoundError
-from nostalgia.reporting.results import METRICS
+from nostalgia.reporting.results import COSTS, METRICS
 from nostalgia.reporting.run_folder import RunFolder, read_run
 from nostalgia.reporting.settings import differences
 
-COLUMNS = (*METRICS, "seconds")
+COLUMNS = (*METRICS, "seconds", *COSTS)
 PLAN = ("nostalgia", "finetune", "joint")
 
 

@@ -26,9 +26,18 @@ from nostalgia.reporting.aggregate import (
     same_tasks,
 )
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
+from nostalgia.reporting.report.tables import cost_text
 from nostalgia.reporting.streams import make_console
 
-HEADERS = {"acc": "acc", "bwt": "bwt", "forgetting": "forget", "learning_accuracy": "learn", "fwt": "fwt"}
+HEADERS = {
+    "acc": "acc",
+    "class_incremental_acc": "c-inc",
+    "bwt": "bwt",
+    "forgetting": "forget",
+    "learning_accuracy": "learn",
+    "fwt": "fwt",
+}
+COSTS = {"seconds": "s", "memory_bytes": "MB", "extra_seconds": "extra"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +60,9 @@ def compare(paths: Sequence[Path], console: Console, figures: Path | None = None
     console.print(comparison_table(rows))
     for name, title in HEADERS.items():
         console.print(f"{title:<7} {METRIC_TITLES[name]}: {METRIC_MEANINGS[name]}", style="dim", soft_wrap=True)
+    console.print(
+        "MB, extra: what the method keeps between tasks, and the seconds it added", style="dim", soft_wrap=True
+    )
     if any(len(row.seeds) > 1 for row in rows):
         console.print("±       standard deviation over seeds (n - 1)", style="dim")
     console.print()
@@ -72,9 +84,9 @@ def comparison_table(rows: Sequence[MethodRow]) -> Table:
     table.add_column("method", overflow="fold")
     table.add_column("seeds", justify="right", overflow="fold", max_width=9)
     for name in COLUMNS:
-        table.add_column(HEADERS.get(name, name), justify="right", no_wrap=True)
+        table.add_column({**HEADERS, **COSTS}[name], justify="right", no_wrap=True)
     for row in rows:
-        cells = [_cell(row.values[name], 1 if name == "seconds" else 3) for name in COLUMNS]
+        cells = [*(_cell(row.values[name]) for name in HEADERS), *(cost_text(row, name) for name in COSTS)]
         table.add_row(Text(row.method), ", ".join(map(str, row.seeds)), *cells)
     return table
 
@@ -85,8 +97,8 @@ def shown(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _cell(value: Value | None, digits: int) -> str:
-    return "-" if value is None else value.text(digits, plus_minus="\n±")
+def _cell(value: Value | None) -> str:
+    return "-" if value is None else value.text(plus_minus="\n±")
 
 
 def _draw(rows: Sequence[MethodRow], folder: Path, console: Console) -> None:

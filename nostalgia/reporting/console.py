@@ -25,6 +25,7 @@ from nostalgia.reporting.results import METRICS, RunResults
 
 METRIC_TITLES = {
     "acc": "average accuracy",
+    "class_incremental_acc": "class-incremental",
     "bwt": "backward transfer",
     "forgetting": "forgetting",
     "learning_accuracy": "learning accuracy",
@@ -32,6 +33,7 @@ METRIC_TITLES = {
 }
 METRIC_MEANINGS = {
     "acc": "mean accuracy over all tasks at the end",
+    "class_incremental_acc": "the same with the task unknown: arg-max over the heads of all tasks",
     "bwt": "mean change of a task's accuracy since it was learned",
     "forgetting": "mean drop of a task's accuracy from its best before the last task",
     "learning_accuracy": "mean accuracy of each task right after it was learned",
@@ -178,7 +180,7 @@ def matrix_tables(tasks: Sequence[str], matrix: transfer.Matrix, width: int = 80
 
 
 def metrics_table(metrics: Mapping[str, float | None]) -> Table:
-    """The five measures, each with what it means."""
+    """The measures, each with what it means."""
     table = _table()
     table.add_column("measure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)

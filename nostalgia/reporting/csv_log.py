@@ -19,6 +19,7 @@ METRICS_COLUMNS = (
     "split",
     "loss",
     "accuracy",
+    "class_incremental_accuracy",
     "lr",
     "grad_norm",
     "projected_fraction",

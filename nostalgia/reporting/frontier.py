@@ -25,6 +25,7 @@ TITLES = {
     "acc": "ACC", "bwt": "BWT", "forgetting_left": "left", "learning_accuracy": "LA", "class_incremental": "class-inc",
     "bytes": "bytes", "seconds": "s", "overhead": "extra s",
 }  # fmt: skip
+HEAD = ("method", "strength", *TITLES.values(), "p")
 Cells = Mapping[tuple[str, float | None], Sequence[RunResults]]  # (method, strength) -> its seeds
 
 
@@ -94,16 +95,15 @@ def _values(run: RunResults, baseline: RunResults | None) -> dict[str, float | N
     left = None
     if baseline is not None and run.bwt is not None and baseline.bwt:
         left = run.bwt / baseline.bwt
-    overhead = run.overhead_seconds
     return {
         "acc": run.acc,
         "bwt": run.bwt,
         "forgetting_left": left,
         "learning_accuracy": run.learning_accuracy,
-        "class_incremental": None if run.class_incremental is None else run.class_incremental.get("acc"),
+        "class_incremental": run.class_incremental_acc,
         "bytes": None if run.memory_bytes is None else float(run.memory_bytes),
         "seconds": run.seconds,
-        "overhead": None if overhead is None else math.fsum(overhead.values()),
+        "overhead": run.extra_seconds,
     }
 
 
@@ -146,23 +146,24 @@ def write_frontier(folder: Path, found: Frontier) -> dict[str, Path]:
 
 def markdown(found: Frontier) -> str:
     """The table at equal learning accuracy, with what its words mean."""
-    lines = [
-        "| method | strength | " + " | ".join(TITLES[c] for c in COLUMNS) + " | p |",
-        "|---|---|" + "---|" * (len(COLUMNS) + 1),
-    ]
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in found.rows]
+    return "\n".join([*lines, "", note(found)]) + "\n"
+
+
+def note(found: Frontier) -> str:
+    """How the table is made: the choice of strengths, and its statistics by name."""
     seeds = (
         f"on seeds {', '.join(map(str, found.selected_on))}, others reported"
         if found.selected_on
         else "on the seeds shown"
     )
-    lines += [
-        "",
+    return (
         f"Strength of the highest ACC among those with LA within {MARGIN:.3f} of fine-tuning's, chosen {seeds}; * where none "
-        "is: then that of the highest LA. left: BWT over fine-tuning's; ± standard error over seeds; p: paired t test of ACC "
-        "against fine-tuning's.",
-    ]
-    return "\n".join(lines) + "\n"
+        "is: then that of the highest LA. left: BWT over fine-tuning's; class-inc: ACC with the task unknown; bytes: kept "
+        "between tasks; extra s: added by the method; ± standard error over seeds; p: two-sided paired t test of ACC against "
+        "fine-tuning's, not corrected for the number of methods."
+    )
 
 
 def cells(row: Row) -> list[str]:

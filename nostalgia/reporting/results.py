@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ from nostalgia.evaluation import transfer
 from nostalgia.reporting.csv_log import csv_lines
 from nostalgia.reporting.files import is_number, read_json, read_text, write_atomic, write_json
 
-METRICS = ("acc", "bwt", "forgetting", "learning_accuracy", "fwt")
+METRICS = ("acc", "class_incremental_acc", "bwt", "forgetting", "learning_accuracy", "fwt")
+COSTS = ("memory_bytes", "extra_seconds")
 RESULTS, PER_TASK, MATRIX = "results.json", "per_task_acc.json", "accuracy_matrix.csv"
 
 
@@ -72,6 +74,16 @@ class RunResults:
             baseline_accuracies=None if baseline_accuracies is None else list(baseline_accuracies),
             **rest,
         )
+
+    @property
+    def class_incremental_acc(self) -> float | None:
+        """Average accuracy with the task unknown."""
+        return None if self.class_incremental is None else self.class_incremental.get("acc")
+
+    @property
+    def extra_seconds(self) -> float | None:
+        """What the method added, while training and between tasks."""
+        return None if self.overhead_seconds is None else math.fsum(self.overhead_seconds.values())
 
     def metrics(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in METRICS}
@@ -140,6 +152,11 @@ def _is_whole(value: Any) -> bool:
     return is_number(value) and isinstance(value, int) and value >= 0
 
 
+def _is_measured(value: Any) -> bool:
+    numbers = [v for k, v in value.items() if k != "accuracy_matrix"] if isinstance(value, dict) else [""]
+    return all(number is None or is_number(number) for number in numbers)
+
+
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "classes": ("a list of lists of names", lambda v: isinstance(v, list) and all(map(_is_names, v))),
     "method": ("a name", lambda v: isinstance(v, str)),
@@ -148,9 +165,12 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seconds": ("a number", is_number),
     "versions": ("names with versions", lambda v: isinstance(v, dict) and _is_names(list(v.values()))),
     "details": ("a mapping", lambda v: isinstance(v, dict)),
-    "class_incremental": ("a mapping or null", lambda v: v is None or isinstance(v, dict)),
+    "class_incremental": ("a mapping of numbers and a matrix, or null", lambda v: v is None or _is_measured(v)),
     "memory_bytes": ("a whole number or null", lambda v: v is None or _is_whole(v)),
-    "overhead_seconds": ("a mapping or null", lambda v: v is None or isinstance(v, dict)),
+    "overhead_seconds": (
+        "a mapping of numbers or null",
+        lambda v: v is None or isinstance(v, dict) and all(map(is_number, v.values())),
+    ),
 }
 _ROWS = ("before_accuracies", "baseline_accuracies")
 

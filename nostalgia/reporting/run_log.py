@@ -144,18 +144,29 @@ class RunLog:
         tasks: Sequence[str],
         accuracies: Sequence[float],
         losses: Sequence[float] | None = None,
+        class_incremental: Sequence[float | None] | None = None,
         split: str = "eval",
     ) -> None:
         """Accuracy on each task seen, after a task was trained: a row of the accuracy matrix.
 
-        ``split`` is ``before`` for a task measured just before its training.
+        ``class_incremental``: the same with the task unknown. ``split`` is ``before`` for a task measured just before
+        its training.
         """
-        per_task = zip(tasks, accuracies, losses if losses is not None else [None] * len(tasks), strict=True)
-        for task, accuracy, loss in per_task:
-            values = {f"{split}/accuracy/{task}": accuracy, f"{split}/loss/{task}": loss}
-            self._log(values, step, {"task": task, "split": split, "accuracy": accuracy, "loss": loss})
+        unknown = class_incremental if class_incremental is not None else [None] * len(tasks)
+        per_task = zip(tasks, accuracies, losses if losses is not None else [None] * len(tasks), unknown, strict=True)
+        for task, accuracy, loss, any_task in per_task:
+            values = {
+                f"{split}/accuracy/{task}": accuracy,
+                f"{split}/loss/{task}": loss,
+                f"{split}/class_incremental_accuracy/{task}": any_task,
+            }
+            row = {"task": task, "split": split, "accuracy": accuracy, "loss": loss}
+            self._log(values, step, {**row, "class_incremental_accuracy": any_task})
         if split == "eval":
             self._log({"eval/accuracy_mean": sum(accuracies) / len(accuracies)}, step)
+            known = [value for value in unknown if value is not None]
+            if known:
+                self._log({"eval/class_incremental_accuracy_mean": sum(known) / len(known)}, step)
 
     def curvature(
         self,

@@ -18,15 +18,15 @@ from nostalgia.reporting.run_folder import RunFolder, read_run
 NAME = "report.html"
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path | None = None, select_seeds: Sequence[int] = ()) -> Path:
     """Write the report of the runs in ``folders``; returns its path.
 
-    ``out`` defaults to results/report.html of a single run, and to report.html in the working folder for several.
+    ``select_seeds``: those that strengths were chosen on, where methods were run at several. ``out`` defaults to results/report.html of a single run, and to report.html in the working folder for several.
     Raises NotFoundError for a folder that is not there or holds nothing of a run, UsageError where ``out`` cannot be
     written.
     """
     runs = [_read(folder) for folder in _distinct(folders)]
-    page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
+    page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs, select_seeds)
     target = out or (runs[0].path / "results" / NAME if len(runs) == 1 else Path(NAME))
     try:
         write_atomic(target, render(page))

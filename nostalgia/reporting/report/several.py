@@ -9,31 +9,47 @@ from nostalgia.reporting.aggregate import MethodRow, by_method, doubts, place, s
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
 from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.drawing import comparison_drawers
+from nostalgia.reporting.figures_frontier import frontier_figure
 from nostalgia.reporting.figures_theory import forgetting_prediction
+from nostalgia.reporting.frontier import HEAD, Frontier, cells, note
 from nostalgia.reporting.progress import duration
-from nostalgia.reporting.report.blocks import Block, Code, Page, Pictures, Table, Text
-from nostalgia.reporting.report.tables import HEADS, latex_table, markdown_table
+from nostalgia.reporting.report.blocks import Block, Code, Page, Pictures, Table, Text, picture
+from nostalgia.reporting.report.tables import HEADS, cost_text, latex_table, markdown_table
 from nostalgia.reporting.report.words import CAPTIONS, fraction
-from nostalgia.reporting.results import METRICS
+from nostalgia.reporting.results import COSTS, METRICS
 from nostalgia.reporting.run_folder import RunFolder, finished_tasks
 from nostalgia.reporting.settings import differences
+from nostalgia.reporting.strengths import at_chosen, frontier_of
 
 
-def comparison_page(runs: Sequence[RunFolder]) -> Page:
-    """Methods with mean and standard deviation over seeds, and what sets the runs apart; unfinished ones by name."""
+def comparison_page(runs: Sequence[RunFolder], select_seeds: Sequence[int] = ()) -> Page:
+    """Methods with mean and standard deviation over seeds, and what sets the runs apart; unfinished ones by name.
+
+    Where methods were run at several strengths, the comparison at equal learning accuracy comes first, and what follows
+    shows each method at the strength chosen there; ``select_seeds`` are those strengths are chosen on.
+    """
     runs = sorted(runs, key=lambda run: (place(run.label), run.results.seed if run.results else math.inf))
     finished = [run for run in runs if run.results is not None]
-    rows = by_method(finished)
+    found = frontier_of(finished, select_seeds)
+    shown = finished if found is None else at_chosen(finished, found)
+    rows = by_method(shown)
     page = Page(title=_listed([row.method for row in rows]) or f"{len(runs)} runs", subtitle=_subtitle(runs, rows))
     page.notes = [*doubts(rows), *_unfinished(runs)]
     pictures = Pictures({}, CAPTIONS)
     drawn: list[Block | None] = []
-    if rows and same_tasks(finished):
+    if found is not None:
+        page.add(
+            "At equal learning accuracy",
+            picture("frontier", frontier_figure(found), CAPTIONS["frontier"]),
+            _frontier(found),
+        )
+    if rows and same_tasks(shown):
         groups = {row.method: row.runs for row in rows}
         pictures = Pictures(comparison_drawers(groups), CAPTIONS)
         drawn = [pictures(name) for name in pictures.drawers]
     if rows:
-        page.add("Methods", _method_table(rows), _meanings(), *drawn, _task_table(rows))
+        title = "Methods" if found is None else "Methods, at these strengths"
+        page.add(title, _method_table(rows), _meanings(), *drawn, _task_table(rows))
         page.add("To paste", Code(latex_table(rows), "LaTeX (booktabs)"), Code(markdown_table(rows), "Markdown"))
     page.add("Forgetting, predicted and measured", _predictions(runs, pictures))
     page.add("Runs", _run_table(runs))
@@ -62,7 +78,7 @@ def _unfinished(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _method_table(rows: Sequence[MethodRow]) -> Block:
-    head = ["method", "seeds", *(HEADS[name] for name in METRICS), "time"]
+    head = ["method", "seeds", *HEADS.values(), "time"]
     body = []
     for row in rows:
         values = [row.values[name] for name in METRICS]
@@ -72,12 +88,19 @@ def _method_table(rows: Sequence[MethodRow]) -> Block:
                 row.method,
                 ", ".join(map(str, row.seeds)),
                 *("-" if v is None else v.text() for v in values),
+                *(cost_text(row, name) for name in COSTS),
                 "-" if seconds is None else duration(seconds.mean),
             ]
         )
     several = any(len(row.seeds) > 1 for row in rows)
-    note = "± is the standard deviation over seeds (n - 1)." if several else ""
-    return Table(head, body, caption="Mean over seeds", note=note, words=2)
+    meaning = "± is the standard deviation over seeds (n - 1). " if several else ""
+    meaning += "MB: kept between tasks. extra s: added by the method."
+    return Table(head, body, caption="Mean over seeds", note=meaning, words=2)
+
+
+def _frontier(found: Frontier) -> Block:
+    body = [cells(row) for row in found.rows]
+    return Table(HEAD, body, caption="Each method at its chosen strength", note=note(found), words=2)
 
 
 def _meanings() -> Block:

@@ -31,6 +31,7 @@ def run_page(run: RunFolder) -> Page:
         pictures("accuracy_vs_task"),
         pictures("average_accuracy"),
         _task_table(run),
+        _unknown_table(run),
         _class_table(run),
     )
     page.add(
@@ -83,7 +84,7 @@ def _cards(run: RunFolder) -> list[tuple[str, str, str]]:
     if not run.matrix:
         return []
     values = run.results.metrics() if run.results else measures(run.matrix)
-    return [(METRIC_TITLES[name], fraction(values[name]), METRIC_MEANINGS[name]) for name in METRICS]
+    return [(METRIC_TITLES[name], fraction(values[name]), METRIC_MEANINGS[name]) for name in METRICS if name in values]
 
 
 def _notes(run: RunFolder) -> list[str]:
@@ -148,6 +149,19 @@ def _expansion_table(run: RunFolder) -> Block | None:
     body = [[str(t["task"]), *(significant(t.get(term)) for term in terms)] for t in run.forgetting["tasks"]]
     head = ["task", "loss", "|g|", "pairs k", "λₖ", "tr H", "± (1 s.e.)"]
     return Table(head, body, caption="What was kept at the end of each task") if body else None
+
+
+def _unknown_table(run: RunFolder) -> Block | None:
+    """The measures with the task known and unknown, side by side."""
+    results = run.results
+    if results is None or results.class_incremental is None:
+        return None
+    names = ("acc", "bwt", "forgetting", "learning_accuracy")
+    body = [
+        [METRIC_TITLES[n], fraction(getattr(results, n)), fraction(results.class_incremental.get(n))] for n in names
+    ]
+    note = "Task unknown (class-incremental): arg-max over the heads of all tasks seen, which is not trained for."
+    return Table(["measure", "task known", "task unknown"], body, caption="Task known and unknown", note=note)
 
 
 def _curvature_table(run: RunFolder) -> Block | None:

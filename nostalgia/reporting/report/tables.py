@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nostalgia.reporting.aggregate import MethodRow, Value
-from nostalgia.reporting.results import METRICS
+from nostalgia.reporting.results import COSTS, METRICS
 
-HEADS = {"acc": "ACC", "bwt": "BWT", "forgetting": "F", "learning_accuracy": "LA", "fwt": "FWT"}
+HEADS = {
+    "acc": "ACC",
+    "class_incremental_acc": "CI-ACC",
+    "bwt": "BWT",
+    "forgetting": "F",
+    "learning_accuracy": "LA",
+    "fwt": "FWT",
+    "memory_bytes": "MB",
+    "extra_seconds": "extra s",
+}
 DIGITS = 3
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -21,9 +30,9 @@ def latex_table(rows: Sequence[MethodRow]) -> str:
     r"""A ``tabular`` for the booktabs package; mean ± standard deviation over seeds."""
     body = [[escape_latex(row.method), str(len(row.seeds)), *_cells(row, _latex_value)] for row in rows]
     lines = [
-        r"\begin{tabular}{l" + "r" * (len(METRICS) + 1) + "}",
+        r"\begin{tabular}{l" + "r" * (len(HEADS) + 1) + "}",
         r"\toprule",
-        _latex_line(["Method", "Seeds", *(HEADS[name] for name in METRICS)]),
+        _latex_line(["Method", "Seeds", *HEADS.values()]),
         r"\midrule",
         *map(_latex_line, body),
         r"\bottomrule",
@@ -34,7 +43,7 @@ def latex_table(rows: Sequence[MethodRow]) -> str:
 
 def markdown_table(rows: Sequence[MethodRow]) -> str:
     """A GitHub table; mean ± standard deviation over seeds."""
-    head = ["method", "seeds", *(HEADS[name] for name in METRICS)]
+    head = ["method", "seeds", *HEADS.values()]
     body = [[escape_markdown(row.method), str(len(row.seeds)), *_cells(row, _markdown_value)] for row in rows]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -56,7 +65,16 @@ def escape_markdown(text: str) -> str:
 
 def _cells(row: MethodRow, show: Callable[[Value], str]) -> list[str]:
     values = [row.values[name] for name in METRICS]
-    return ["--" if value is None else show(value) for value in values]
+    costs = [cost_text(row, name) for name in COSTS]
+    return [*("--" if value is None else show(value) for value in values), *("--" if c == "-" else c for c in costs)]
+
+
+def cost_text(row: MethodRow, name: str) -> str:
+    """The mean over seeds: bytes in MB, or seconds."""
+    value = row.values[name]
+    if value is None:
+        return "-"
+    return f"{value.mean / 1e6:.3g}" if name == "memory_bytes" else f"{value.mean:.1f}"
 
 
 def _latex_value(value: Value) -> str:
