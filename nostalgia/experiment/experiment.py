@@ -146,7 +146,8 @@ class Experiment:
 
     def _end(self, tasks: list[Task]) -> None:
         """The method takes in what it remembers of the task, which it may also change the network by."""
-        run, started = self.c, time.perf_counter()
+        run = self.c
+        self._ending = time.perf_counter()
         heads = run.heads if run.method.all_heads or run.method.joint else {tasks[0].head: run.heads[tasks[0].head]}
         with ExitStack() as stack:
             display: list[Any] = []
@@ -161,7 +162,8 @@ class Experiment:
             context.validate = self._mean_accuracy
             run.method.task = context
             run.method.end_task(context)
-        self.state.between_overhead += time.perf_counter() - started
+        self.state.between_overhead += time.perf_counter() - self._ending
+        self._ending = None
         self.state.memory_bytes = max(self.state.memory_bytes, run.method.bytes_remembered())
         run.norm_statistics[-len(tasks) :] = [norm_statistics.capture(run.backbone)] * len(tasks)
         pairs = None if run.method.joint else self.analysis.task_ended(tasks[0])
@@ -170,6 +172,7 @@ class Experiment:
             self.progress.console.print(f"note: {tasks[-1].name}: {note}", highlight=False, markup=False)
         self._pairs = pairs
 
+    _ending: float | None = None  # when the method began to end a task, while it does
     _pairs: Any = None  # of the task that has just ended, to be shown with its accuracies
 
     def _evaluate(self, tasks: list[Task]) -> None:
@@ -295,6 +298,8 @@ class Experiment:
         if self.training is not None and self.training.phase.method is self.c.method:
             saved.training_overhead += self.training.clock.seconds
             saved.between_overhead += self.training.begin_seconds
+        if self._ending is not None:
+            saved.between_overhead += time.perf_counter() - self._ending
         contents = self.snapshot.take(kind, saved, self.training, self.log.position())
         contents.before = self.log.sync
         return contents
