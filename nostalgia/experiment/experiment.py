@@ -307,6 +307,7 @@ class Experiment:
     def _finish_resuming(self) -> None:
         """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
         assert self.resumed is not None
+        self.snapshot.check_method(self.resumed.source)
         self.snapshot.restore_random_state(self.resumed)
         self.resumed = self.snapshot.method_state = None
 

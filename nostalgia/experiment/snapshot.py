@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from nostalgia.checkpoint.codec import StateCodec
+from nostalgia.checkpoint.codec import ReadOnce, StateCodec
 from nostalgia.checkpoint.store import Contents, understood
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.analysis import Analysis
@@ -123,6 +123,8 @@ class Snapshot:
         tensors.from_main(targets, values, source)
         self.analysis.load_state(self._decode(saved["analysis"], resumed))
         self.method_state = self._decode(saved["method"], resumed)
+        if isinstance(self.method_state, Mapping):
+            self.method_state = ReadOnce(self.method_state)
         self.load_method(source)
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
@@ -133,6 +135,15 @@ class Snapshot:
         name = self.run.method.name
         with understood(f"{source}, method={name}"):
             self.run.method.load_state_dict(self.method_state)
+
+    def check_method(self, source: str) -> None:
+        """Raise NotFoundError for a part of the method's state that it has not taken up: it would be lost."""
+        unread = self.method_state.unread if isinstance(self.method_state, ReadOnce) else []
+        if unread:
+            raise NotFoundError(
+                f"{source}, method={self.run.method.name}: load_state_dict does not read {', '.join(unread)}, which its state "
+                "in the checkpoint has; go on with the class that wrote it"
+            )
 
     def _decode(self, plain: Any, resumed: Resumed) -> Any:
         run = self.run

@@ -167,7 +167,8 @@ class Method:
         """Take up what `state_dict` gave; plain tensors come whole, on the run's device, on every rank.
 
         A run that resumes within a task calls this before `begin_task`, so that it finds what earlier tasks left, and once
-        more after it, so that what it took from the network as it stands is put back.
+        more after it, so that what it took from the network as it stands is put back. A name of the state that no call has
+        read, and whose value is not None, ends the run: it would be lost.
         """
         if state:
             raise ValueError(f"{type(self).__name__} has no load_state_dict for {', '.join(state)}")

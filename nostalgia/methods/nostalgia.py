@@ -265,8 +265,8 @@ class Nostalgia(Method):
             self.projector.step(optimizer, self.config.project)
 
     def end_task(self, task: TaskContext) -> None:
+        self.projector = self.distillation = None  # a checkpoint within the solve has no use for them
         self.eigenspace.end(task)
-        self.projector = self.distillation = None
         if self.tail is not None:
             self.tail.end(task)
 
