@@ -179,7 +179,8 @@ class ReadOnce(dict[str, Any]):
         return super().__iter__()
 
     def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
-        return self[name] if name in self else default
+        self._read.add(name)
+        return super().get(name, default)
 
     def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
         value = self.get(name, *default) if default else self[name]

@@ -189,11 +189,11 @@ class Eigenspace:
 
     def load_state_dict(self, state: Mapping[str, Any], num_tasks: int) -> None:
         self.solver.load_state_dict(state["solve"])
-        kept = state["memory"]
-        if kept is not None and (self.made is None or self.made.tasks != state["tasks"]):
+        kept, tasks = state["memory"], state["tasks"]
+        if kept is not None and (self.made is None or self.made.tasks != tasks):
             block: Block = kept["basis"]
             memory = self.make(block.space, num_tasks)
-            memory.load(block.rows, kept["eigenvalues"].double().cpu(), state["tasks"], block.space)
+            memory.load(block.rows, kept["eigenvalues"].double().cpu(), tasks, block.space)
 
 
 class Nostalgia(Method):
