@@ -153,6 +153,21 @@ def test_is_refused(case: str, ranks: int, tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mistake_in_a_method_of_the_users_is_named_and_ends_with_4(ranks: int, tmp_path: Path) -> None:
+    words = [
+        "dataset=digits",
+        *TINY,
+        "method=tests.faults.own_method:Failing",
+        f"experiment.output_dir={tmp_path / 'runs'}",
+    ]
+    done = run_train(["--quiet", *words], ranks, timeout=60)
+    assert done.codes == [4] * ranks, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "your own code failed at" in line
+    assert "own_method.py, line 47: FileNotFoundError" in line
+
+
 def test_the_launch_script_passes_the_code_on(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from accelerate import Accelerator
 
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
-from nostalgia.errors import UsageError
+from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.experiment.components import complete_method, load_tasks, task_loader
+from nostalgia.methods.loading import make_method
 
 
 def test_tasks_trained_together_keep_their_own_augmentation() -> None:
@@ -46,6 +49,56 @@ def test_tasks_trained_together_keep_their_own_augmentation() -> None:
 def test_options_that_a_method_does_not_allow_are_refused_in_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         complete_method(parse(words).config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OWN = """
+from nostalgia.methods import Method
+
+class Fine(Method):
+    pass
+
+class Fails(Method):
+    def __init__(self, config, seed=0):
+        self.missing["x"]
+
+class Numbered(Method):
+    name = 5
+
+class Path(Method):
+    name = "a/b c"
+
+class Options(Method):
+    Config = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("import nowhere_at_all", "Fine", "own_one.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(:", "Fine", "own_one.py, line 1: SyntaxError: "),
+        ("raise SystemExit(7)", "Fine", "own_one.py, line 1: SystemExit: 7"),
+        (OWN, "Nope", "own_one.py has no Nope"),
+        (OWN, "Fails", "own_one.py, line 9: AttributeError: 'Fails' object has no attribute 'missing'"),
+        (OWN, "Numbered", "its name is 5; allowed are letters"),
+        (OWN, "Path", "its name is 'a/b c'; allowed are letters"),
+        (OWN, "Options", "its Config is 3; allowed is a dataclass"),
+        (OWN, "Fine", ""),
+    ],
+)
+def test_a_module_of_the_users_that_does_not_work_is_one_line(
+    text: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_one.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_one", raising=False)
+    if not message:
+        assert make_method(f"own_one:{name}", {}, 0).name == name
+        return
+    with pytest.raises(NostalgiaError) as caught:
+        make_method(f"own_one:{name}", {}, 0)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
