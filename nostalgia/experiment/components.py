@@ -167,6 +167,8 @@ def build_components(
         and norm_statistics.has_batch_norm(backbone)
     ):
         norm_statistics.synchronise(backbone)
+    elif config.dataset.batch_size == 1 and not method.frozen_backbone:
+        agree(accelerator, lambda: backbone.check_batch(1))
     scope = scope_parameters(backbone, config.model.scope)
     return Components(
         config=config,

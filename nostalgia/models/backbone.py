@@ -123,6 +123,26 @@ class Backbone(nn.Module):
         """Names within ``model`` of the linear and convolution layers that are really called, in order."""
         return self._probe().called
 
+    def runs(self) -> bool:
+        """Whether the network takes images as it is now, its layers changed or not; by shapes alone."""
+        try:
+            probe(self.model, self._run, self.image_size)
+        except (*SHAPE_ERRORS, AttributeError, NotImplementedError):
+            return False
+        return True
+
+    def check_batch(self, size: int) -> None:
+        """Raise UsageError where a batch of ``size`` images leaves a batch norm one value per channel to normalise by."""
+        try:
+            probe(self.model, self._run, self.image_size, count=size, training=True)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UsageError(
+                    f"dataset.batch_size={size}: a batch norm of {self.source} has a single value per channel at "
+                    f"{self.image_size} x {self.image_size} pixels, by which nothing can be normalised; use "
+                    f"dataset.batch_size={size + 1} or more, a larger dataset.image_size, or model.norm_statistics=frozen"
+                ) from None
+
     def _probe(self) -> Probe:
         try:
             return probe(self.model, self._run, self.image_size)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
 from nostalgia.errors import NostalgiaError, UsageError
-from nostalgia.experiment.components import complete_method, load_tasks, task_loader
+from nostalgia.experiment.components import build_components, complete_method, load_tasks, task_loader
 from nostalgia.methods.loading import make_method
 
 
@@ -117,3 +117,14 @@ def test_options_of_a_method_come_from_its_class_the_suite_the_word_for_all_and_
     assert options("method=finetune", "nostalgia.top_k=7") == {"name": "finetune"}
     assert options("method=ewc")["strength"] == 100.0  # of the class
     assert options("method.name=ewc", "method.strength=3")["strength"] == 3.0
+
+
+def test_a_batch_norm_with_one_value_per_channel_is_refused_before_training() -> None:
+    words = ["dataset=digits", "model=resnet18", "dataset.image_size=32", "model.pretrained=false", "method=finetune"]
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(
+        UsageError, match=r"dataset.batch_size=1: a batch norm of .* single value per channel at 32 x 32"
+    ):
+        build_components(parse([*words, "dataset.batch_size=1"]).config, accelerator, "32")
+    for word in ("dataset.batch_size=2", "dataset.image_size=64", "model.norm_statistics=frozen"):
+        build_components(parse([*words, "dataset.batch_size=1", word]).config, accelerator, "32")
