@@ -113,6 +113,9 @@ class Snapshot:
         tensors.from_main(self._kept(run.backbone), values, source)
         ranks = tensors.broadcast_object([_join_tensors(r, f"ranks/{i}", values) for i, r in enumerate(saved["ranks"])])
         rank, count = run.accelerator.process_index, len(ranks)
+        if count != run.accelerator.num_processes and tensors.is_main():
+            for line in self._other_ranks(count):
+                print(line, flush=True)
         norm_statistics.apply(run.backbone, ranks[rank % count]["norm"])
         resumed.random_state = ranks[rank] if rank < count else None
         run.heads.update(empty_heads(run, state.tasks))
@@ -144,6 +147,22 @@ class Snapshot:
                 f"{source}, method={self.run.method.name}: load_state_dict does not read {', '.join(unread)}, which its state "
                 "in the checkpoint has; go on with the class that wrote it"
             )
+
+    def _other_ranks(self, count: int) -> list[str]:
+        """What makes training on another number of ranks than ``count`` differ by more than rounding."""
+        backbone, note = self.run.backbone, f"note: the run was on {count} ranks, it goes on with"
+        own_batches = norm_statistics.has_batch_norm(backbone) and not backbone.norm_frozen
+        whole = any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules())
+        found = []
+        if backbone.draws_in_training():
+            found.append("dropout is drawn by each rank anew")
+        if own_batches and not whole:
+            found.append("batch norm in training is over each rank's own batch")
+        return [
+            f"{note} {self.run.accelerator.num_processes}: {why}, so that what follows is not equal up to rounding, only "
+            "alike"
+            for why in found
+        ]
 
     def _decode(self, plain: Any, resumed: Resumed) -> Any:
         run = self.run

@@ -131,6 +131,10 @@ class Backbone(nn.Module):
             return False
         return True
 
+    def draws_in_training(self) -> bool:
+        """Whether a forward pass in training mode draws random numbers (dropout, stochastic depth)."""
+        return probe(self.model, self._run, self.image_size, training=True).random
+
     def check_batch(self, size: int) -> None:
         """Raise UsageError where a batch of ``size`` images leaves a batch norm one value per channel to normalise by."""
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nostalgia.parallel.modules import skeleton
 
@@ -30,6 +31,7 @@ class Probe:
     output: Any
     called: tuple[str, ...]
     parameters: dict[str, Tensor]  # the meta stand-ins, by name
+    random: bool  # whether it drew random numbers: dropout, stochastic depth, noise
 
     def unused(self, features: Tensor) -> set[str]:
         """Names of the parameters on which ``features`` (meta, with a graph) does not depend.
@@ -78,9 +80,20 @@ def probe(
         return functional_call(module, {**parameters, **buffers}, args, kwargs)
 
     module.train(training)
-    with _recording(module, called), torch.enable_grad():
+    draws = _Draws()
+    with _recording(module, called), torch.enable_grad(), draws:
         output = run(call, images)
-    return Probe(output, tuple(dict.fromkeys(called)), parameters)
+    return Probe(output, tuple(dict.fromkeys(called)), parameters, draws.seen)
+
+
+class _Draws(TorchDispatchMode):
+    """Sees whether any operation draws from torch's random generators."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

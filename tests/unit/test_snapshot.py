@@ -82,3 +82,31 @@ def test_what_a_method_does_not_take_up_of_its_state_is_refused_by_name(kind: ty
         return
     with pytest.raises(NotFoundError, match=f"a checkpoint, method=.*{names}"):
         go_on()
+
+
+VIT = ["dataset=digits", "model=vit_tiny", "model.use_lora=false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*VIT], ""),
+        ([*VIT, "model.config.hidden_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
+        ([*VIT, "model.config.attention_probs_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
+        ([*VIT, "model.use_lora=true", "model.lora.dropout=0.1"], "dropout is drawn by each rank anew"),
+        (RESNET, "batch norm in training is over each rank's own batch"),
+        ([*RESNET, "model.norm_statistics=frozen"], ""),
+    ],
+)
+def test_what_another_number_of_ranks_changes_is_said(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = build_components(parse([*words, "method=finetune"]).config, Accelerator(cpu=True), "32")
+    analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
+    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    taken = snapshot.take("stopped", RunState(), None, {})
+    for ranks in (1, 2):
+        state = {**taken.state, "ranks": taken.state["ranks"] * ranks}
+        snapshot.restore(Resumed(Path(), source="a checkpoint", state=state, values=taken.tensors))
+        found = capsys.readouterr().out
+        assert found == "" if ranks == 1 or not said else f"was on 2 ranks, it goes on with 1: {said}" in found

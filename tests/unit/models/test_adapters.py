@@ -225,8 +225,10 @@ def test_a_layer_that_does_not_bear_an_adapter_is_left_out_and_said_so_or_refuse
 
 
 def test_the_probe_leaves_nothing_in_a_networks_caches():
-    config = {"model_type": "levit", "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
-              "key_dim": [8, 8, 8], "image_size": 64, "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]]}  # fmt: skip
+    config = {
+        "model_type": "levit", "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]],
+    }  # fmt: skip
     backbone = build_backbone(framework="hf", pretrained=False, config=config, image_size=64)
     attach_lora(backbone, r=2, alpha=4)
     caches = [m.attention_bias_cache for m in backbone.modules() if hasattr(m, "attention_bias_cache")]
