@@ -62,10 +62,11 @@ class Backbone(nn.Module):
         source: str,
         arch: str | None = None,
         call: Mapping[str, Any] | None = None,
+        bgr: bool = False,
     ) -> None:
         """``features`` reads the features out of the model's output (None: chosen from what the model gives).
 
-        ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights
+        ``call`` holds further arguments of every forward call, ``bgr`` says that ``model`` wants blue first; ``source`` says where architecture and weights
         are from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take
         images of ``image_size``.
         """
@@ -78,6 +79,7 @@ class Backbone(nn.Module):
         self.source = source
         self.arch = arch
         self.call = dict(call or {})
+        self.bgr = bgr
         self.lora: LoraConfig | None = None  # set by attach_lora
         self.norm_frozen = False
         self.paused: frozenset[str] = frozenset()
@@ -158,6 +160,8 @@ class Backbone(nn.Module):
             ) from error
 
     def _run(self, model: Callable[..., Any], images: Tensor) -> Any:
+        if self.bgr:
+            images = images.flip(1)
         if self.framework == "hf":
             return model(pixel_values=images, **self.call)
         return model(images)
