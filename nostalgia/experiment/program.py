@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
 from nostalgia.config import Request
+from nostalgia.data.tasks import data_notes
 from nostalgia.experiment.components import Components, build_components, complete_method
 from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
 from nostalgia.experiment.dry_run import dry_run
@@ -61,7 +62,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     )
     info = run_info(components, request, folder)
     console.print(start_panel(info))
-    for line in run_notes(config):
+    for line in (*run_notes(config), *data_notes(components.tasks)):
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)
