@@ -178,11 +178,11 @@ class ReadOnce(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:  # dict(state) and {**state} then go by __getitem__
         return super().__iter__()
 
-    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, name: str, default: Any = None) -> Any:
         self._read.add(name)
         return super().get(name, default)
 
-    def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
+    def pop(self, name: str, *default: Any) -> Any:
         value = self.get(name, *default) if default else self[name]
         return super().pop(name, value)
 

@@ -265,7 +265,7 @@ def _compose(words: list[str]) -> Any:
         overrides = _parsed(words)
         of_methods = [one for one in overrides if _of_methods(one)]
         with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
-            composed = compose("config", overrides=[one.input_line for one in overrides if not _of_methods(one)])
+            composed = compose("config", overrides=[str(one.input_line) for one in overrides if not _of_methods(one)])
         _apply_method_words(composed, of_methods)
         return composed
     except HydraException as error:

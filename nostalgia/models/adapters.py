@@ -127,7 +127,7 @@ def _unfit(backbone: Backbone, targets: Sequence[str]) -> list[str]:
             unfit.append(name)
             _put(backbone, name, layers[name].get_base_layer())
     assert backbone.lora is not None
-    backbone.lora.target_modules = {name for name in targets if name not in unfit}
+    backbone.lora.target_modules = [name for name in targets if name not in unfit]
     return unfit
 
 

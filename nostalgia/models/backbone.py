@@ -67,8 +67,8 @@ class Backbone(nn.Module):
         """``features`` reads the features out of the model's output (None: chosen from what the model gives).
 
         ``call`` holds further arguments of every forward call; ``bgr``: ``model`` wants blue first. ``source`` says where
-        architecture and weights are from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take
-        images of ``image_size``.
+        architecture and weights are from, ``arch`` torchvision's name of the network. Raises UsageError when the network
+        cannot take images of ``image_size``.
         """
         super().__init__()
         self.model = model
