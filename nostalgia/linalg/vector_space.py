@@ -239,15 +239,12 @@ class VectorSpace:
         Shards, and anything on one rank, without communication; tensors whole on each of several ranks by one
         all-gather.
         """
-        tensors = list(tensors)
-        if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
-            parts: Sequence[Tensor] = self.gather(x)
-            targets = [tensor.detach() for tensor in tensors]
-        else:
-            targets = [self._part(i, tensor) for i, tensor in enumerate(tensors)]
-            split = x.split([target.numel() for target in targets])
-            parts = [part.view(target.shape) for part, target in zip(split, targets, strict=True)]
-        torch._foreach_copy_(targets, list(parts))
+        torch._foreach_copy_(*self._matched(x, tensors))
+
+    @torch.no_grad()
+    def subtract(self, x: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Subtract the vector x (L,) from ``tensors`` in place; communication as in `put`."""
+        torch._foreach_sub_(*self._matched(x, tensors))
 
     def gather_flat(self, x: Tensor) -> Tensor:
         """Whole rows (m, P) on every rank of a block x (m, L), one all-gather a row to bound the memory."""
@@ -266,6 +263,15 @@ class VectorSpace:
         return torch.cat([x[:, :0], *(x[:, start:stop] for start, stop in ranges)], dim=1)
 
     # -- inside ---------------------------------------------------------------------------------------------
+
+    def _matched(self, x: Tensor, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of ``tensors``, and the parts of x (L,) that belong to it, whole where they are whole."""
+        tensors = list(tensors)
+        if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
+            return [tensor.detach() for tensor in tensors], list(self.gather(x))
+        targets = [self._part(i, tensor) for i, tensor in enumerate(tensors)]
+        split = x.split([target.numel() for target in targets])
+        return targets, [part.view(target.shape) for part, target in zip(split, targets, strict=True)]
 
     def _part(self, index: int, tensor: Tensor) -> Tensor:
         """What this rank holds of parameter ``index`` or a tensor like it: a shard or a slice, no copy."""
