@@ -226,6 +226,7 @@ class Nostalgia(Method):
             )
         )
         self.all_heads = config.anchor > 0
+        self.needs_metric = config.project == "constrained"
         self.distillation: Distillation | None = None
         self.num_tasks = 1
         self._fraction: Tensor | None = None

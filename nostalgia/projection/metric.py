@@ -7,6 +7,7 @@ another optimizer keeps Q d = 0, but is not the nearest step to the optimizer's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,11 @@ METRICS: dict[type[Optimizer], Metric] = {
 }
 
 
-def _groups(optimizer: Optimizer) -> dict[Tensor, dict]:
+def _groups(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
-def _moment(state: dict, key: str, parameter: nn.Parameter) -> Tensor:
+def _moment(state: dict[str, Any], key: str, parameter: nn.Parameter) -> Tensor:
     """A parameter that has had no gradient yet has no moment: zero."""
     return state[key] if key in state else torch.zeros_like(parameter)
 
