@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -227,10 +228,13 @@ class VectorSpace:
         self._count_large(send)
         return received[: self.local_size]
 
+    @torch.no_grad()
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """This rank's part (L,), a copy, of tensors whole on every rank, or shards: no communication."""
-        parts = [self._part(i, tensor).reshape(-1).to(self.dtype) for i, tensor in enumerate(tensors)]
-        return torch.cat(parts)
+        parts = self._parts(tensors)
+        if len(parts) == 1:  # of which flattening makes a view
+            return parts[0].reshape(-1).to(self.dtype, copy=True)
+        return _flatten_dense_tensors(parts).to(self.dtype)
 
     @torch.no_grad()
     def put(self, x: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -269,9 +273,17 @@ class VectorSpace:
         tensors = list(tensors)
         if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
             return [tensor.detach() for tensor in tensors], list(self.gather(x))
-        targets = [self._part(i, tensor) for i, tensor in enumerate(tensors)]
-        split = x.split([target.numel() for target in targets])
-        return targets, [part.view(target.shape) for part, target in zip(split, targets, strict=True)]
+        targets = self._parts(tensors)
+        return targets, list(_unflatten_dense_tensors(x, targets))
+
+    def _parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What this rank holds of each of ``tensors``; quick where that is all, for it is done several times a step."""
+        tensors = list(tensors)
+        if self.world_size > 1 or any(isinstance(tensor, DTensor) for tensor in tensors):
+            return [self._part(i, tensor) for i, tensor in enumerate(tensors)]
+        if tuple(tensor.shape for tensor in tensors) != self.shapes:
+            return [self._part(i, tensor) for i, tensor in enumerate(tensors)]  # says which
+        return tensors
 
     def _part(self, index: int, tensor: Tensor) -> Tensor:
         """What this rank holds of parameter ``index`` or a tensor like it: a shard or a slice, no copy."""

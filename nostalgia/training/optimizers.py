@@ -62,6 +62,7 @@ class OptimizerKind:
     options: tuple[str, ...]  # beside lr and weight_decay
     states: int  # numbers kept a parameter, rounded
     sharded: bool = True  # works on FSDP2's shards
+    fused_on_cpu: bool = False  # one kernel for all parameters; on a GPU torch has its own choice, and gradient scaling
 
     @property
     def metric_known(self) -> bool:
@@ -72,8 +73,8 @@ class OptimizerKind:
 # Adafactor (Shazeer and Stern 2018) keeps second moments by row and column and scales each step by the size of its tensor: no
 # diagonal metric is declared, and what it keeps of a matrix is of the whole one.
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(AdamW, ("betas",), states=2),
-    "sgd": OptimizerKind(SGD, ("momentum",), states=1),
+    "adamw": OptimizerKind(AdamW, ("betas",), states=2, fused_on_cpu=True),
+    "sgd": OptimizerKind(SGD, ("momentum",), states=1, fused_on_cpu=True),
     "lion": OptimizerKind(Lion, ("betas",), states=1),
     "adafactor": OptimizerKind(Adafactor, (), states=0, sharded=False),
 }
@@ -83,7 +84,10 @@ def make_optimizer(model: nn.Module, name: str, options: Mapping[str, Any]) -> O
     """The optimizer ``name`` over the parameters that require a gradient; takes its own of ``options``."""
     kind = OPTIMIZERS[name]
     taken = {key: options[key] for key in ("lr", "weight_decay", *kind.options)}
-    return kind.make([p for p in model.parameters() if p.requires_grad], **taken)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if kind.fused_on_cpu and all(p.device.type == "cpu" for p in parameters):
+        taken["fused"] = True
+    return kind.make(parameters, **taken)
 
 
 def check_optimizer(name: str, *, needs_metric: bool = False, sharded: bool = False) -> None:
