@@ -55,9 +55,14 @@ class BasisRows:
         rows = ROWS.get(device, ROWS["cuda"])
         gram = torch.zeros(m, m, dtype=torch.float64, device=weights.device)
         # Weights enter as their square root on both sides: the matrix stays positive definite to rounding.
-        root = weights.sqrt()
+        root, buffer = weights.sqrt(), weights.new_empty(0)
         for columns in self._columns():
-            scaled = self.basis[:, columns] * root[columns]
+            block = self.basis[:, columns]
+            if (
+                buffer.numel() < block.numel()
+            ):  # one for all pieces: on a CPU a fresh one each costs as much as the product
+                buffer = weights.new_empty(block.numel())
+            scaled = torch.mul(block, root[columns], out=buffer[: block.numel()].view(block.shape))
             with full_precision_matmul(device):
                 for start in range(0, m, rows):
                     stop = min(start + rows, m)
