@@ -184,10 +184,14 @@ class AnalysisConfig:
 class TrainConfig:
     epochs: int = option(50, low=1)
     epochs_per_task: list[int] | None = option(None, low=1)
-    optimizer: str = option("adamw", choices=("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw",
+        "adafactor takes no method.project=constrained, and no FSDP2.",
+        choices=("adamw", "sgd", "lion", "adafactor"),
+    )
     lr: float = option(3e-4, above=0)
     weight_decay: float = option(0.05, low=0)
-    betas: list[float] = option(factory=lambda: [0.9, 0.999])
+    betas: list[float] = option(factory=lambda: [0.9, 0.999], help="Of adamw and lion.")
     momentum: float = option(0.9, "Of sgd.", low=0, high=0.9999)
     scheduler: str = option("cosine", choices=("cosine", "constant"))
     warmup_epochs: float = option(5.0, low=0)

@@ -25,6 +25,7 @@ from nostalgia.models.backbones import scope_parameters
 from nostalgia.models.objective import Objective
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.coordination import agree, main_first
+from nostalgia.training.optimizers import check_optimizer
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "hessian-eigenthings")
 
@@ -153,6 +154,7 @@ def build_components(
 
     ``tasks`` are those of a dry run, which has looked for them already.
     """
+    check_optimizer(config.train.optimizer, sharded=strategy(accelerator) == "fsdp2")
     if tasks is None:
         tasks = load_tasks(config, accelerator)
     method = agree(accelerator, lambda: chosen_method(config))
@@ -235,6 +237,7 @@ def complete_method(config: Config) -> None:
     every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
     method = make_method(name, {**given, **every}, config.experiment.seed)
     method.check(len(task_specs(config)), curvature_options(config))
+    check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
 

@@ -109,6 +109,8 @@ class Method:
     """Train those heads along; otherwise they are frozen."""
     frozen_backbone: ClassVar[bool] = False
     """Train heads alone."""
+    needs_metric: bool = False
+    """Takes steps in the optimizer's metric, which must be known; an instance may set it."""
     restarts_adapters: bool = False
     """Merge LoRA adapters into the weights and begin them anew (B = 0) before every task but the first."""
     strengths: ClassVar[tuple[float, ...]] = ()

@@ -74,6 +74,12 @@ class NostalgiaConfig(EigenspaceConfig):
         "the gradient by curvature. The gradient is projected in all but soft.",
         choices=PROJECTIONS,
     )
+    metric_every: int = option(
+        10,
+        "Of project=constrained: steps between two looks at the optimizer's metric. Exact at any number; a look costs m^2 P.",
+        low=1,
+        high=10**6,
+    )
     projection_start_task: int = option(2, low=1)
     tail: str = option(
         "kronecker",
@@ -220,6 +226,7 @@ class Nostalgia(Method):
             )
         )
         self.all_heads = config.anchor > 0
+        self.needs_metric = config.project == "constrained"
         self.distillation: Distillation | None = None
         self.num_tasks = 1
         self._fraction: Tensor | None = None
@@ -238,7 +245,7 @@ class Nostalgia(Method):
         self.eigenspace.begin(task)
         self.projector, self._fraction = None, None
         if task.index >= self.config.projection_start_task and self.eigenspace.memory.basis is not None:
-            self.projector = GradientProjector(self.eigenspace.memory, task.parameters)
+            self.projector = GradientProjector(self.eigenspace.memory, task.parameters, self.config.metric_every)
         if self.tail is not None:
             self.tail.begin(task)
         self.distillation = None
@@ -306,7 +313,7 @@ class Nostalgia(Method):
         return {
             **self.eigenspace.state_dict(self.task),
             "num_tasks": self.num_tasks,
-            "anchor": None if self.projector is None else self.projector.whole_anchor(),
+            "projector": None if self.projector is None else self.projector.state(),
             "tail": None if self.tail is None else self.tail.state_dict(),
             "teacher": None if self.distillation is None else self.distillation.state_dict(),
         }
@@ -314,8 +321,8 @@ class Nostalgia(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_tasks = state["num_tasks"]
         self.eigenspace.load_state_dict(state, self.num_tasks)
-        if self.projector is not None and state["anchor"] is not None:
-            self.projector.set_anchor(state["anchor"])
+        if self.projector is not None and state["projector"] is not None:
+            self.projector.load_state(state["projector"])
         if self.tail is not None and state["tail"] is not None:
             self.tail.load_state_dict(state["tail"])
         if self.distillation is not None and state["teacher"] is not None:

@@ -112,6 +112,10 @@ CASES: dict[str, tuple[Build, int, str]] = {
     "a configuration with code": (from_others, 2, "a tag (tag:yaml.org,2002:python"),
     "no such configuration": (lambda f: ["--config", str(f / "none.yaml")], 2, "no such file"),
     "contradictory": (lambda _: [*DIGITS, "nostalgia.k_max=3"], 2, "is below method.top_k"),
+    "an optimizer without a metric": (
+        lambda _: [*DIGITS, "train.optimizer=adafactor"], 2,
+        "train.optimizer=adafactor with method.project=constrained: its metric is not known; allowed are adamw, sgd, lion",
+    ),
     "another number of devices": (lambda _: [*DIGITS, "train.devices=3"], 2, "the launcher decides"),
     "missing data": (lambda tmp: ["dataset=cub200", *TINY], 3, "dataset cub200 was not found; tried"),
     "missing hub data": (lambda tmp: ["dataset=hf:user/none", *TINY], 3, "dataset none was not found"),
