@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from nostalgia.checkpoint.store import CheckpointStore, Contents
+from nostalgia.checkpoint.store import TASK_END, CheckpointStore, Contents
 from nostalgia.config.schema import Config
 from nostalgia.errors import InterruptedRun, RunFailedError
 from nostalgia.parallel.stop import StopRequest
@@ -69,6 +69,10 @@ class Checkpointer:
         """Between two products of an eigensolve."""
         every = self.schedule.every_products
         self.reach("eigensolve" if every and products % every == 0 else "")
+
+    def task_ended(self) -> None:
+        """A task has ended: its checkpoint is kept."""
+        self.reach(TASK_END)
 
     def reach(self, kind: str = "") -> None:
         """A point where the run may stop; a checkpoint of ``kind`` is due here, if any is.

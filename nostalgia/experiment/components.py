@@ -23,6 +23,7 @@ from nostalgia.methods.loading import make_method, method_class
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import scope_parameters
 from nostalgia.models.objective import Objective
+from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.coordination import agree, main_first
 from nostalgia.training.optimizers import check_optimizer
@@ -67,6 +68,21 @@ class Components:
         """The parameters in scope of the backbone as it is now, by name."""
         available = scope_parameters(self.backbone, self.config.model.scope)
         return {name: available[name] for name in self.scope}
+
+    def model(self, heads: Sequence[str] | None = None) -> TaskModel:
+        """The network as it stands with ``heads``, by name; all so far by default."""
+        return TaskModel(self.backbone, list(self.heads.values()) if heads is None else [self.heads[h] for h in heads])
+
+    def take_trained(self, model: TaskModel, heads: Sequence[str], count: int) -> None:
+        """Go on with what training has left of the backbone and of ``heads``, for the next ``count`` tasks."""
+        self.backbone = model.backbone  # type: ignore[assignment]
+        norm_statistics.average_over_ranks(self.backbone)
+        self.heads.update(zip(heads, model.heads, strict=True))
+        self.norm_statistics += [norm_statistics.capture(self.backbone)] * count
+
+    def capture_statistics(self, count: int) -> None:
+        """Take batch-norm statistics of the last ``count`` tasks anew."""
+        self.norm_statistics[-count:] = [norm_statistics.capture(self.backbone)] * count
 
     @property
     def global_batch_size(self) -> int:
