@@ -56,13 +56,19 @@ def task_context(
 
 
 def curvature_samples(
-    run: Components, tasks: Sequence[Task], count: int, batch_size: int | None = None, head: int | None = 0
+    run: Components,
+    tasks: Sequence[Task],
+    count: int,
+    batch_size: int | None = None,
+    head: int | None = 0,
+    *,
+    train: bool = True,
 ) -> list[Batch]:
-    """This rank's share of a fixed stratified choice of ``count`` training images; a collective.
+    """This rank's share of a fixed stratified choice of ``count`` training (or validation) images; a collective.
 
     ``head`` is the place of their head among the model's; None: each task's own number.
     """
-    images = run.loader(list(tasks), train=True).images
+    images = run.loader(list(tasks), train=train).images
     batches = agree(
         run.accelerator,
         lambda: curvature_batches(

@@ -265,8 +265,10 @@ class Nostalgia(Method):
             self.projector.step(optimizer, self.config.project)
 
     def end_task(self, task: TaskContext) -> None:
-        self.eigenspace.end(task)
         self.projector = self.distillation = None
+        if not task.wants_curvature:
+            return
+        self.eigenspace.end(task)
         if self.tail is not None:
             self.tail.end(task)
 
