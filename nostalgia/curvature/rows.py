@@ -84,15 +84,16 @@ class GradientRows:
     def __iter__(self) -> Iterator[Tensor]:
         space, counted = self.space, 0
         pieces, none = self._pieces(), torch.zeros(0, space.size, dtype=space.dtype, device=self.device)
-        with product_context(self.precision, self.device):
-            while True:
+        while True:
+            # Not around the yield: what is done with a block must not run in the network's precision.
+            with product_context(self.precision, self.device):
                 found = next(pieces, None)
-                rows = none if found is None else found[0]
-                counted += 0 if found is None else found[1]
-                block = space.exchange_rows(rows)
-                if block is None:
-                    break
-                yield block
+            rows = none if found is None else found[0]
+            counted += 0 if found is None else found[1]
+            block = space.exchange_rows(rows)
+            if block is None:
+                break
+            yield block
         self.num_samples = int(space.all_reduce(torch.tensor([counted], dtype=torch.float64, device=self.device)))
 
     # -- inside -----------------------------------------------------------------------------------------------------

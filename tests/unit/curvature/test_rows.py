@@ -99,6 +99,13 @@ def test_pieces_do_not_matter() -> None:
     torch.testing.assert_close(one.eigenvalues, other.eigenvalues, atol=1e-12, rtol=1e-10)
 
 
+def test_a_block_is_used_outside_the_network_s_precision() -> None:
+    rows = GradientRows(mlp().float(), forward_fn, batches("mlp", (4,)), draws=1, precision="bf16")
+    for block in rows:
+        assert not torch.is_autocast_enabled("cpu")
+        assert block.dtype == torch.float32
+
+
 def test_streamed_rows_stay_within_their_bound() -> None:
     model, data = mlp(), batches("mlp", (40, 40))
     matrix = dense(model, data)
