@@ -12,9 +12,10 @@ from torch import Tensor
 from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.codec import SavedFile
 from nostalgia.curvature.density import estimate_spectrum
-from nostalgia.curvature.eigenspace import task_operator, top_eigenpairs
+from nostalgia.curvature.eigenspace import gradient_rows, task_operator, top_eigenpairs
 from nostalgia.curvature.forgetting import ForgettingPrediction
 from nostalgia.curvature.operators import BatchedOperator
+from nostalgia.curvature.rows import captured_energy
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.tasks import Task
 from nostalgia.errors import RunFailedError
@@ -55,6 +56,8 @@ class Analysis:
         """Record the task's curvature; returns its eigenpairs, None where the run has none."""
         pairs, factors = self.run.method.eigenpairs(), self.run.method.factors()
         if pairs is None and factors is None and self.predicts != "true":
+            if self.prediction.expansions:  # of a method that leaves the last task's curvature out
+                self._measure(task)
             return None
         operator = self._operator(task, self.run.config.curvature.hvp)
         if pairs is None and factors is None:
@@ -82,13 +85,20 @@ class Analysis:
         self._heads = {name: dict(head) for name, head in state["heads"].items()}
         self.prediction.load_state(state["prediction"], {task: block.rows for task, block in state["vectors"].items()})
 
+    def _measure(self, task: Task) -> None:
+        """Measure the earlier tasks against their predictions."""
+        run = self.run
+        by_name = {t.name: t for t in run.tasks}
+        theta = run.space.take(p.detach() for p in run.scope_parameters().values())
+        self.prediction.measure(task.name, theta, lambda name: self._loss(by_name[name]))
+        if run.accelerator.is_main_process:
+            write_json(self.folder / "results" / FORGETTING, self.prediction.report())
+
     def _predict(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs | None) -> None:
         """Measure the earlier tasks against their predictions, and expand this one's loss."""
         run = self.run
-        by_name = {t.name: t for t in run.tasks}
         self._heads[task.name] = copy_head(run.heads[task.head])
-        theta = run.space.take(p.detach() for p in run.scope_parameters().values())
-        self.prediction.measure(task.name, theta, lambda name: self._loss(by_name[name]))
+        self._measure(task)
         try:
             self.prediction.finish(task.name, operator, pairs, self._loss(task))
         except RunFailedError as error:  # raised on every rank alike; training does not depend on it
@@ -125,6 +135,15 @@ class Analysis:
             run.space,
         )
 
+    def _captured_energy(self, task: Task, pairs: Eigenpairs) -> float:
+        """tr(Q^T G Q) / tr G over validation images of the task: samples that Q was not made of."""
+        run, options = self.run, curvature_options(self.run.config)
+        batches = curvature_samples(run, [task], self.run.config.analysis.captured_energy_samples, train=False)
+        head = head_with(self._heads[task.name]) if task.name in self._heads else run.heads[task.head]
+        model = TaskModel(run.backbone, [head])
+        rows = gradient_rows(model, run.objective, batches, run.scope_parameters(), run.accelerator, options, run.space)
+        return captured_energy(rows, pairs.eigenvectors)
+
     def _record(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs) -> None:
         run, options = self.run, self.run.config.analysis
         angles = {
@@ -135,6 +154,9 @@ class Analysis:
         if options.spectral_density:
             seed = run.config.experiment.seed
             spectrum = estimate_spectrum(operator, options.density_runs, options.density_steps, seed).to_json()
+        energy = {}
+        if run.config.curvature.kind == "ggn" and options.captured_energy_samples:
+            energy = {"captured_energy": self._captured_energy(task, pairs)}
         expansion = self.prediction.expansions.get(task.name)
         trace = {} if expansion is None else {"trace": expansion.trace, "trace_error": expansion.rest_error}
         importance = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, pairs.space)
@@ -163,6 +185,8 @@ class Analysis:
                 "bytes_moved": pairs.bytes_moved,
                 "seconds": pairs.seconds,
                 "curvature": run.config.curvature.kind,
+                "solver": run.config.curvature.solver,
+                **energy,
                 "principal_angles": angles,
                 "parameters": list(pairs.space.names),
                 "parameter_sizes": list(pairs.space.layout.numels),

@@ -268,6 +268,10 @@ def curvature_options(config: Config) -> CurvatureOptions:
     options = config.curvature
     return CurvatureOptions(
         kind=options.kind,
+        solver=options.solver,
+        rows_per_sample=options.rows_per_sample,
+        rows_budget_bytes=options.rows_budget_bytes,
+        last_task=options.last_task,
         hvp=options.hvp,
         num_samples=options.num_samples,
         batch_size=options.batch_size,

@@ -56,13 +56,20 @@ def task_context(
 
 
 def curvature_samples(
-    run: Components, tasks: Sequence[Task], count: int, batch_size: int | None = None, heads: Sequence[int] = (0,)
+    run: Components,
+    tasks: Sequence[Task],
+    count: int,
+    batch_size: int | None = None,
+    heads: Sequence[int] = (0,),
+    *,
+    train: bool = True,
 ) -> list[Batch]:
-    """This rank's share of a fixed stratified choice of ``count`` training images, each batch of one task; a collective.
+    """This rank's share of a fixed stratified choice of ``count`` training (or validation) images, each batch of one task;
+    a collective.
 
     ``heads`` are the places of the tasks' heads among the model's.
     """
-    images = run.loader(list(tasks), train=True).images
+    images = run.loader(list(tasks), train=train).images
     batches = agree(
         run.accelerator,
         lambda: curvature_batches(

@@ -266,6 +266,34 @@ class VectorSpace:
         ranges = self.layout.flat_ranges(self.rank)
         return torch.cat([x[:, :0], *(x[:, start:stop] for start, stop in ranges)], dim=1)
 
+    def exchange_rows(self, rows: Tensor) -> Tensor | None:
+        """Each rank's own whole rows (m_r, P), as this rank's part (sum m_r, L) of all of them, in the order of ranks.
+
+        None where no rank has any. One small all-reduce of the counts and one all-to-all of this rank's m_r P numbers.
+        """
+        if self.world_size == 1:
+            return rows if len(rows) else None
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = len(rows)
+        numbers = self.all_reduce(counts).tolist()
+        if sum(numbers) == 0:
+            return None
+        parts = []
+        for rank in range(self.world_size):
+            ranges = self.layout.flat_ranges(rank)
+            parts.append(torch.cat([rows[:, :0], *(rows[:, a:b] for a, b in ranges)], dim=1).flatten())
+        send = torch.cat(parts)
+        received = send.new_empty(sum(numbers) * self.local_size)
+        dist.all_to_all_single(
+            received,
+            send,
+            [n * self.local_size for n in numbers],
+            [part.numel() for part in parts],
+            group=self.group,
+        )
+        self._count_large(send if send.numel() >= received.numel() else received)
+        return received.view(sum(numbers), self.local_size)
+
     # -- inside ---------------------------------------------------------------------------------------------
 
     def _matched(self, x: Tensor, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

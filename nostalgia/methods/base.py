@@ -61,6 +61,12 @@ class TaskContext:
     validate: Callable[[], float] = lambda: 0.0
     """In `Method.end_task`: mean validation accuracy over the tasks seen, of the network as it stands. A collective."""
     augmented: bool = True  # whether training images differ from epoch to epoch
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether the task's curvature is used: by a later task, or because `curvature.last_task` asks for the last's."""
+        return self.index < self.num_tasks or self.curvature.last_task
+
     pause: Callable[[int, int, int], None] = _no_pause
     """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and
     lets a run that was asked to stop do so, with a checkpoint of the method's state. All ranks call it together."""

@@ -273,6 +273,8 @@ class Nostalgia(Method):
 
     def end_task(self, task: TaskContext) -> None:
         self.projector = self.distillation = None  # a checkpoint within the solve has no use for them
+        if not task.wants_curvature:
+            return
         self.eigenspace.end(task)
         if self.tail is not None:
             self.tail.end(task)

@@ -66,6 +66,8 @@ class NostalgiaEwc(Method):
         space.put(g, gradients)
 
     def end_task(self, task: TaskContext) -> None:
+        if not task.wants_curvature:
+            return
         self.eigenspace.end(task)
         space = self.eigenspace.memory.space
         self.center = None if space is None else space.take(p.detach() for p in task.parameters.values())
