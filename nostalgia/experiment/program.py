@@ -13,19 +13,15 @@ from nostalgia.config import Request
 from nostalgia.data.tasks import data_notes
 from nostalgia.experiment.components import Components, build_components, complete_method
 from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
+from nostalgia.experiment.deliverables import write_deliverables
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
-from nostalgia.experiment.exporting import EXPORT, export_run
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import run_info, run_notes
 from nostalgia.experiment.resume import Resumed, open_run
 from nostalgia.parallel.coordination import on_main
-from nostalgia.reporting.console import print_config, print_final, start_panel
-from nostalgia.reporting.drawing import draw_run
+from nostalgia.reporting.console import print_config, start_panel
 from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.report import write_report
-from nostalgia.reporting.results import write_results
-from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.streams import make_console
 
 
@@ -69,15 +65,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         results = experiment.run()
     full = full_run_of(request, components) if request.debug else ()
     if accelerator.is_main_process:
-        paths = write_results(folder / "results", results)
-        drawn = draw_run(read_run(folder), folder / "results" / "figures")
-        experiment.log.figures(drawn.made)
-        if config.experiment.export:
-            paths[EXPORT] = export_run(folder, components, results, request.argv)
-        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
-        print_final(console, results, paths)
-        if drawn.skipped:  # `plot_all` says why of each
-            console.print(f"nothing to draw for  {', '.join(drawn.skipped)}", highlight=False)
+        write_deliverables(folder, components, results, request.argv, console, experiment.log)
         if full:
             console.print(cost_of_full_run(*full, components, info, folder))
     experiment.log.finish(results)

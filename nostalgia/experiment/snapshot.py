@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from nostalgia.checkpoint.codec import ReadOnce, StateCodec
 from nostalgia.checkpoint.store import Contents, understood
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.analysis import Analysis
 from nostalgia.experiment.components import Components, versions
 from nostalgia.experiment.heads import empty_heads
-from nostalgia.experiment.resume import Resumed
 from nostalgia.experiment.state import RunState
 from nostalgia.models import norm_statistics
 from nostalgia.models.adapters import merged_weights
@@ -27,6 +25,10 @@ from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
 from nostalgia.training.loop import PhaseState, Training
+
+if TYPE_CHECKING:
+    from nostalgia.experiment.analysis import Analysis
+    from nostalgia.experiment.resume import Resumed
 
 FORMAT = 2  # of a checkpoint's state
 

@@ -15,7 +15,7 @@ from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.eigensolve import check_eigensolve
-from nostalgia.methods.nostalgia import Eigenspace, EigenspaceConfig
+from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 from nostalgia.methods.vectors import gradients_of
 from nostalgia.options import option
 
