@@ -74,7 +74,7 @@ class OptimizerKind:
 # diagonal metric is declared, and what it keeps of a matrix is of the whole one.
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(AdamW, ("betas",), states=2, fused_on_cpu=True),
-    "sgd": OptimizerKind(SGD, ("momentum",), states=1, fused_on_cpu=True),
+    "sgd": OptimizerKind(SGD, ("momentum",), states=1),  # fused, it knows no shards (torch 2.14)
     "lion": OptimizerKind(Lion, ("betas",), states=1),
     "adafactor": OptimizerKind(Adafactor, (), states=0, sharded=False),
 }
