@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,6 +131,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def origin() -> dict[str, Any]:
+    """The command that is running, and the commit of the code (null outside a git checkout; ``+`` with changes to it)."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name] if module is not None else sys.argv[:1]
+    return {"command": " ".join([*program, *sys.argv[1:]]), "commit": found.stdout.strip() or None}
+
+
 def machine_line(device: torch.device) -> str:
     found = machine(device)
     threads = f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"
@@ -149,7 +160,7 @@ def report(
     if options.out is not None:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            content = {"settings": settings, "machine": machine(device), **results}
+            content = {"settings": settings, "machine": machine(device), **origin(), **results}
             options.out.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise UsageError(f"--out {options.out}: cannot be written ({error.strerror})") from None

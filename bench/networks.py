@@ -31,8 +31,19 @@ VIT_TINY = {
 # What builds each backbone, without weights from anywhere.
 MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"framework": "hf", "config": VIT_TINY},
+    "vit_s16": {
+        "framework": "hf",
+        "config": {
+            "model_type": "vit",
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+        },
+    },
     "vit_b16": {"framework": "hf", "config": {"model_type": "vit"}},
     "resnet18": {"framework": "torchvision", "arch": "resnet18", "image_size": 224},
+    "resnet50": {"framework": "torchvision", "arch": "resnet50", "image_size": 224},
 }
 
 

@@ -55,21 +55,33 @@ def main(
     except NostalgiaError as error:
         _stop(watch, error.exit_code, f"error: {error}")
         leave(error.exit_code)
-    except OSError as error:  # of the run's own files: data and weights come as NotFoundError
-        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _stop(watch, 4, f"error: the run's files cannot be written: {where}; free space or name another folder")
-        leave(4)
+    except Exception as error:
+        _stop_on(error, watch)
     except KeyboardInterrupt:
         _stop(watch, 130, "interrupted")
         leave(130)
-    except Exception as error:  # a bug, or the echo of another rank's failure
-        other = watch.other() if watch is not None else None
-        if other is not None:
-            leave(other.exit_code, stuck=other.stuck)
-        traceback.print_exc()
-        _stop(watch, 1, f"error: {type(error).__name__}: {error}")
-        leave(1)
     return 1
+
+
+def _stop_on(error: Exception, watch: FailureWatch | None) -> None:
+    """End with the line and the exit code of an error that is none of `nostalgia.errors`."""
+    from nostalgia.parallel.exit_code import leave
+    from nostalgia.plain.tracebacks import own_frame
+
+    other = watch.other() if watch is not None and not isinstance(error, OSError) else None
+    if other is not None:  # the echo of another rank's failure
+        leave(other.exit_code, stuck=other.stuck)
+    own = own_frame(error)
+    if isinstance(error, OSError) and not own:  # of the run's own files: data and weights come as NotFoundError
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _stop(watch, 4, f"error: the run's files cannot be written: {where}; free space or name another folder")
+        leave(4)
+    traceback.print_exc()
+    if own:
+        _stop(watch, 4, f"error: your own code failed at {own}")
+        leave(4)
+    _stop(watch, 1, f"error: {type(error).__name__}: {error}")
+    leave(1)
 
 
 def _stop(watch: FailureWatch | None, exit_code: int, line: str) -> None:

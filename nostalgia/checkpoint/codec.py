@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,3 +154,43 @@ class StateCodec:
         if tensors.world_size() > 1:
             dist.broadcast(whole, 0)
         return whole
+
+
+class ReadOnce(dict[str, Any]):
+    """A state whose owner is to read every name of it: `unread` are the names that it passed over.
+
+    A plain dictionary otherwise; copying it reads all.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__(state)
+        self._read: set[str] = set()
+
+    @property
+    def unread(self) -> list[str]:
+        """Names with a value that nothing has asked for."""
+        return [name for name, value in super().items() if value is not None and name not in self._read]
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:  # dict(state) and {**state} then go by __getitem__
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        value = self.get(name, *default) if default else self[name]
+        return super().pop(name, value)
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return {name: self[name] for name in self}.values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)

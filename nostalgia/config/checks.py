@@ -121,6 +121,11 @@ def _check_conflicts(config: Config) -> None:
     curvature, model = config.curvature, config.model
     if curvature.kind == "ggn" and curvature.hvp == "finite_difference":
         raise UsageError("curvature.hvp=finite_difference is for curvature.kind=hessian; ggn allows exact and jvp")
+    if curvature.solver == "rows" and curvature.kind != "ggn":
+        raise UsageError(
+            f"curvature.solver=rows with curvature.kind={curvature.kind}: rows are of the Gauss-Newton matrix; set "
+            "curvature.kind=ggn, or solver=lanczos"
+        )
     if curvature.compile and curvature.hvp != "jvp":
         raise UsageError(f"curvature.compile=true compiles curvature.hvp=jvp; it is {curvature.hvp}")
     if config.analysis.predict_forgetting == "true" and config.method.get("name") == "joint":

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
@@ -23,6 +22,7 @@ from nostalgia.config.aliases import EVERY_METHOD, present_key, translate_saved
 from nostalgia.config.checks import check
 from nostalgia.config.saved import load_saved
 from nostalgia.config.schema import Config
+from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.options import nearest
 
@@ -40,11 +40,12 @@ DEBUG = (
     "nostalgia.top_k=4",
     "nostalgia.k_max=null",
     "curvature.max_basis=null",
-    "curvature.num_samples=64",
+    "curvature.num_samples=16",
     "curvature.tol=0.5",
-    "curvature.max_products=16",
+    "curvature.max_products=8",
+    "analysis.captured_energy_samples=16",
     "analysis.top_k=4",
-    "analysis.trace_samples=2",
+    "analysis.trace_samples=1",
     "dataset.num_workers=0",
     "experiment.deterministic=true",
 )
@@ -219,18 +220,12 @@ def _translate(word: str) -> str:
     if value in _options(bare) or (key == "suite" and value == "null"):
         return word
     if key == "dataset":
-        return f"dataset.name={_quoted(value)}"
+        return f"dataset.name={quoted(value)}"
     if key == "method" and ":" in value:
-        return f"method.name={_quoted(value)}"
+        return f"method.name={quoted(value)}"
     options = _options(bare)
-    raise UsageError(f"unknown {bare} {value!r}{_nearest(value, options)}; there are {', '.join(options)}")
-
-
-def _quoted(value: str) -> str:
-    """A value in Hydra's grammar, whatever characters it holds."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1]
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    own = "; a folder or hub name goes by model.model_id=NAME" if key == "model" and "/" in value else ""
+    raise UsageError(f"unknown {bare} {value!r}{_nearest(value, options)}; there are {', '.join(options)}{own}")
 
 
 def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
@@ -239,6 +234,13 @@ def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> An
     Another library than the file's: its weights, architecture and settings belong to the other one and go, unless
     they are given too. The name in results follows what was chosen.
     """
+    try:
+        return _own_model(words, compose)
+    except OmegaConfBaseException as error:  # what a word's ${...} refers to
+        raise UsageError(_one_line(error)) from None
+
+
+def _own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
     given = {word.partition("=")[0].lstrip("+") for word in words}
     model = (composed := compose(words)).model
     if "model.framework" in given:
@@ -263,9 +265,8 @@ def _compose(words: list[str]) -> Any:
     try:
         overrides = _parsed(words)
         of_methods = [one for one in overrides if _of_methods(one)]
-        others = [word for word, one in zip(words, overrides, strict=True) if not _of_methods(one)]
         with initialize_config_dir(version_base=None, config_dir=str(config_folder())):
-            composed = compose("config", overrides=others)
+            composed = compose("config", overrides=[str(one.input_line) for one in overrides if not _of_methods(one)])
         _apply_method_words(composed, of_methods)
         return composed
     except HydraException as error:
@@ -276,7 +277,7 @@ def _compose(words: list[str]) -> Any:
 
 def _parsed(words: list[str]) -> list[Override]:
     """Words as Hydra's grammar reads them, their keys checked."""
-    overrides = OverridesParser.create().parse_overrides(words)
+    overrides = [read_word(word) for word in words]
     for override in overrides:
         _check_key(override)
     return overrides

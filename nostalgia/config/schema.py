@@ -128,6 +128,21 @@ class CurvatureConfig:
     """How the curvature of a finished task is measured, for methods and for analysis."""
 
     kind: str = option("hessian", "hessian, or ggn: the Gauss-Newton matrix.", choices=("hessian", "ggn"))
+    solver: str = option(
+        "lanczos",
+        "Of top eigenpairs: lanczos, or for kind=ggn rows: one pass over the samples, the SVD of their gradients.",
+        choices=("lanczos", "rows"),
+    )
+    rows_per_sample: int = option(
+        2, "Of solver=rows: random output cotangents a sample; all outputs where the network has no more.", low=1
+    )
+    rows_budget_bytes: int = option(
+        2**30, "Of solver=rows: gradients held on a rank, beyond which they are cut to their top.", low=1, free=True
+    )
+    last_task: bool = option(
+        False,
+        "Take the last task's curvature too (eigenpairs, factors): no later task uses it, analyses and appended tasks do.",
+    )
     hvp: str = option(
         "exact",
         "exact (double backward), jvp (forward over reverse) or finite_difference.",
@@ -150,8 +165,11 @@ class CurvatureConfig:
         free=True,
     )
     compile: bool = option(False, "torch.compile the products of hvp=jvp.")
-    checkpoint_every_n_products: int = option(
-        50, "Products of an eigensolve between checkpoints; 0: none.", low=0, free=True
+    checkpoint_every_n_products: int | None = option(
+        None,
+        "Products of an eigensolve between checkpoints; 0: none; null: as often as takes at most 2 % of its time.",
+        low=0,
+        free=True,
     )
 
 
@@ -171,6 +189,11 @@ class AnalysisConfig:
     trace_samples: int = option(
         8, "Random vectors the trace of a finished task's curvature is estimated by; one product each.", low=1
     )
+    captured_energy_samples: int = option(
+        256,
+        "Of kind=ggn: validation images on which tr(Q^T G Q) / tr G of a task's eigenvectors is measured; 0: none.",
+        low=0,
+    )
     spectral_density: bool = option(
         False, "Estimate the density and the trace of each finished task's whole spectrum as well."
     )
@@ -184,10 +207,14 @@ class AnalysisConfig:
 class TrainConfig:
     epochs: int = option(50, low=1)
     epochs_per_task: list[int] | None = option(None, low=1)
-    optimizer: str = option("adamw", choices=("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw",
+        "adafactor takes no method.project=constrained, and no FSDP2.",
+        choices=("adamw", "sgd", "lion", "adafactor"),
+    )
     lr: float = option(3e-4, above=0)
     weight_decay: float = option(0.05, low=0)
-    betas: list[float] = option(factory=lambda: [0.9, 0.999])
+    betas: list[float] = option(factory=lambda: [0.9, 0.999], help="Of adamw and lion.")
     momentum: float = option(0.9, "Of sgd.", low=0, high=0.9999)
     scheduler: str = option("cosine", choices=("cosine", "constant"))
     warmup_epochs: float = option(5.0, low=0)

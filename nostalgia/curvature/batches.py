@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -41,3 +41,31 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
             object.__setattr__(result, field.name, map_tensors(getattr(value, field.name), change))
         return result
     return value
+
+
+def num_rows(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    return len(tensors_of(batch)[0])
+
+
+def rows_of(batch: Any, start: int, stop: int) -> Any:
+    """The batch of samples ``start`` to ``stop`` (excluded): these rows of each of its tensors."""
+    return map_tensors(batch, lambda t: t[start:stop])
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order in which `map_tensors` changes them."""
+    found: list[Tensor] = []
+    if isinstance(batch, Tensor):
+        return [batch]
+    items = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else vars(batch).values()
+    )
+    for item in items:
+        if isinstance(item, (Tensor, Mapping, list, tuple)):
+            found += tensors_of(item)
+    return found

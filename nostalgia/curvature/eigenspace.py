@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianOperator
+from nostalgia.curvature.rows import GradientRows
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState, lanczos
@@ -22,6 +23,10 @@ class CurvatureOptions:
     """How a finished task's curvature is measured; names as in the configuration's ``curvature`` section."""
 
     kind: str = "hessian"
+    solver: str = "lanczos"
+    rows_per_sample: int = 2
+    rows_budget_bytes: int = 2**30
+    last_task: bool = False
     hvp: str = "exact"
     num_samples: int = 2048
     batch_size: int = 64
@@ -57,6 +62,30 @@ def task_operator(
         common["label_smoothing"] = objective.label_smoothing
         return GGNOperator(model, objective.forward_fn, batches, parameters, accelerator, **common)
     raise UsageError(f"curvature.kind={options.kind!r}: allowed are hessian, ggn")
+
+
+def gradient_rows(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    parameters: Mapping[str, nn.Parameter],
+    accelerator: Accelerator,
+    options: CurvatureOptions,
+    space: VectorSpace | None = None,
+) -> GradientRows:
+    """The gradients whose squares sum to a task's Gauss-Newton matrix; ``batches`` are this rank's share."""
+    return GradientRows(
+        model,
+        objective.forward_fn,
+        batches,
+        parameters,
+        accelerator,
+        draws=options.rows_per_sample,
+        seed=options.seed,
+        precision=options.precision,
+        piece_bytes=min(2**27, options.rows_budget_bytes),
+        space=space,
+    )
 
 
 def top_eigenpairs(

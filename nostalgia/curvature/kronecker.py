@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nostalgia.curvature.base import Parameters, parameters_in_scope
-from nostalgia.curvature.batches import map_tensors, to_device
+from nostalgia.curvature.batches import map_tensors, tensors_of, to_device
 from nostalgia.curvature.context import fix_randomness, product_context, value_dtype
+from nostalgia.curvature.cotangents import OutputMetric, sample_numbers
 from nostalgia.curvature.layers import (
     Layer,
     Pass,
@@ -32,10 +33,8 @@ from nostalgia.curvature.layers import (
     recorded,
     weight_of,
 )
-from nostalgia.curvature.losses import LOSSES
 from nostalgia.curvature.network import Network
-from nostalgia.data.transforms import uniform
-from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.errors import RunFailedError
 from nostalgia.linalg.vector_space import VectorSpace
 
 
@@ -181,11 +180,7 @@ def kronecker_factors(
         memory = KroneckerMemory(strength=10.0)
         memory.update(factors, dict(model.named_parameters()))
     """
-    if draws < 1 or not temperature > 0 or loss not in LOSSES:
-        raise UsageError(
-            f"draws={draws}, temperature={temperature}, loss={loss!r}: allowed are draws >= 1, temperature > 0, "
-            f"loss {' or '.join(LOSSES)}"
-        )
+    metric = OutputMetric(loss, temperature, draws, seed, exact)
     scope = parameters_in_scope(model, parameters)
     given = _given_names(parameters, scope)
     first = next(iter(scope.values()))
@@ -195,9 +190,8 @@ def kronecker_factors(
     layers, rest = find_layers(network)
     space = space or VectorSpace.of({given[name]: p for name, p in scope.items()}, dtype=dtype, device=device)
     batches = list(batches)
-    before, total = _sample_numbers(batches, space)
+    before, total = sample_numbers(batches, space, "Kronecker factors")
     sums = _Sums(layers, network, rest)
-    metric = _Metric(loss, temperature, draws, seed, exact)
     with product_context(precision, device), recorded({layer.name: layer.module for layer in layers}) as take:
         for index, batch in enumerate(batches):
             fix_randomness(index, device)
@@ -211,34 +205,6 @@ def kronecker_factors(
             sums.add(passed, cotangents)
             sums.add_rest(moved, cotangents, exact)
     return sums.finish(total, given, space)
-
-
-class _Metric:
-    """Draws output cotangents u, E u u^T = M, as a function of the seed, the sample's number and the draw."""
-
-    def __init__(self, loss: str, temperature: float, draws: int, seed: int, exact: bool) -> None:
-        self.loss, self.temperature, self.draws, self.seed, self.exact = loss, temperature, draws, seed, exact
-
-    def cotangents(self, logits: Tensor, first: int) -> list[Tensor]:
-        """``draws`` tensors (B, C) whose squares average to M; samples are numbered from ``first``."""
-        count, classes = logits.shape
-        if self.exact:
-            eye = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-            return [self._rooted(logits, eye[c].expand(count, classes)) for c in range(classes)]
-        numbers = torch.arange(first, first + count, device=logits.device)
-        scale = self.draws**-0.5
-        signs = (
-            torch.where(uniform(self.seed, draw, numbers, classes) < 0.5, -1.0, 1.0).to(logits.dtype)
-            for draw in range(self.draws)
-        )
-        return [scale * self._rooted(logits, z) for z in signs]
-
-    def _rooted(self, logits: Tensor, z: Tensor) -> Tensor:
-        """R z with R R^T = M: R = diag(p)^(1/2) - p (p^(1/2))^T, or 2^(1/2) I."""
-        if self.loss == "mse":
-            return 2**0.5 * z
-        root = (logits / self.temperature).softmax(dim=1).sqrt()
-        return root * z - root.square() * (root * z).sum(dim=1, keepdim=True)
 
 
 class _Sums:
@@ -271,7 +237,7 @@ class _Sums:
         if not self.rest:
             return
         chosen = torch.stack(cotangents if exact else cotangents[: (len(cotangents) + 1) // 2], dim=1)  # (B, draws, C)
-        tensors = _tensors(batch)
+        tensors = tensors_of(batch)
         theta = dict(zip(self.network.names, self.network.theta, strict=True))
         start = tuple(theta[name].detach() for name in self.rest)
 
@@ -353,35 +319,3 @@ def _given_names(parameters: Parameters, scope: Mapping[str, nn.Parameter]) -> d
         return {name: name for name in scope}
     by_id = {id(p): name for name, p in parameters.items()}
     return {name: by_id[id(p)] for name, p in scope.items()}
-
-
-def _sample_numbers(batches: list[Any], space: VectorSpace) -> tuple[int, int]:
-    """The number of samples of the ranks before this one, and of all; one small all-reduce."""
-    counts = torch.zeros(space.world_size, dtype=torch.float64, device=space.device)
-    counts[space.rank] = sum(_size(batch) for batch in batches)
-    space.all_reduce(counts)
-    if float(counts.sum()) == 0:
-        raise UsageError("Kronecker factors of no samples; give at least one")
-    return int(counts[: space.rank].sum()), int(counts.sum())
-
-
-def _size(batch: Any) -> int:
-    """Samples of a batch: the first dimension of its first tensor."""
-    return len(_tensors(batch)[0])
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    if isinstance(batch, Tensor):
-        return [batch]
-    items = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, (list, tuple))
-        else vars(batch).values()
-    )
-    for item in items:
-        if isinstance(item, (Tensor, Mapping, list, tuple)):
-            found += _tensors(item)
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SPLITS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev", "test", "testing", "eval"),
 }
+ALL_SPLITS = {name for names in SPLITS.values() for name in names}
 #: Endings of image files that are read: torchvision's, and others that Pillow decodes (of a gif the first frame).
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
 
@@ -40,7 +42,12 @@ def class_folders(name: str, folder: Path, drop: Sequence[str] = ()) -> tuple[Fi
                 "validation, give its own path"
             )
         return scan(name, folder, drop), None
-    return scan(name, train, drop), None if val is None else scan(name, val, drop)
+    found = scan(name, train, drop)
+    used = {train.name, "" if val is None else val.name}
+    others = [other for other in _folders(folder) if other.lower() in ALL_SPLITS and other not in used]
+    if others:
+        found.notes += (f"left out of {folder}: the split folder{'s' * (len(others) > 1)} {', '.join(others)}",)
+    return found, None if val is None else scan(name, val, drop)
 
 
 def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
@@ -55,15 +62,47 @@ def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
     _check_case(folder, classes)
     paths: list[str] = []
     labels: list[int] = []
+    left = LeftOut(folder)
+    left.look_at(folder, loose=True)
     for label, class_name in enumerate(classes):
-        found = list(_images_below(os.path.join(folder, class_name), above, set()))
+        found = list(_images_below(os.path.join(folder, class_name), above, set(), left))
         if not found:
             raise NotFoundError(
                 f"{folder / class_name}: class folder without an image ({', '.join(IMG_EXTENSIONS[:4])}, ...)"
             )
         paths += found
         labels += [label] * len(found)
-    return FileImages(name, paths, labels, [unicodedata.normalize("NFC", c) for c in classes])
+    images = FileImages(name, paths, labels, [unicodedata.normalize("NFC", c) for c in classes])
+    images.notes = left.notes()
+    return images
+
+
+class LeftOut:
+    """Counts, below ``folder``, the files that are not taken as images."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.kinds, self.first = folder, Counter[str](), ""
+
+    def look_at(self, folder: Path | str, loose: bool = False) -> None:
+        """Count what lies directly in a folder; ``loose``: images too, which are of no class there."""
+        for entry in _entries(folder, hidden=True):
+            kind = ""
+            if entry.name.startswith("."):
+                kind = "hidden"
+            elif not _is_folder(entry) and (loose or not _is_image(entry)):
+                kind = Path(entry.name).suffix.lower() or "without an ending"
+            if kind:
+                self.first = self.first or os.path.relpath(entry.path, self.folder)
+                self.kinds[kind] += 1
+
+    def notes(self) -> tuple[str, ...]:
+        if not self.kinds:
+            return ()
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return (
+            f"left out of {self.folder}: {self.kinds.total()} files that are no images of a class ({kinds}; the first is "
+            f"{self.first})",
+        )
 
 
 def in_order(classes: Sequence[str]) -> list[str]:
@@ -81,8 +120,7 @@ def _unwrapped(folder: Path) -> Path:
         if len(inner) != 1 or any(_is_image(entry) for entry in inside):
             return folder
         below = _folders(folder / inner[0].name)
-        known = {name for names in SPLITS.values() for name in names}
-        if inner[0].name.lower() in known or not below:
+        if inner[0].name.lower() in ALL_SPLITS or not below:
             return folder
         folder = folder / inner[0].name
 
@@ -122,7 +160,7 @@ def _check_case(folder: Path, classes: Sequence[str]) -> None:
             )
 
 
-def _images_below(folder: str, above: dict[Identity, str], seen: set[Identity]) -> Iterator[str]:
+def _images_below(folder: str, above: dict[Identity, str], seen: set[Identity], left: LeftOut) -> Iterator[str]:
     """Images in ``folder`` and below. One reached twice is read once; one that leads back up is a loop."""
     identity = _identity(folder)
     if identity in above:
@@ -130,20 +168,21 @@ def _images_below(folder: str, above: dict[Identity, str], seen: set[Identity]) 
     if identity in seen:
         return
     seen.add(identity)
+    left.look_at(folder)
     for entry in _entries(folder):
         if _is_folder(entry):
-            yield from _images_below(entry.path, {**above, identity: folder}, seen)
+            yield from _images_below(entry.path, {**above, identity: folder}, seen, left)
         elif _is_image(entry):
             yield entry.path
 
 
-def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+def _entries(folder: Path | str, hidden: bool = False) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         raise NotFoundError(f"{folder}: cannot be read ({error.strerror})") from None
-    return (entry for entry in entries if not entry.name.startswith("."))
+    return (entry for entry in entries if hidden or not entry.name.startswith("."))
 
 
 def _folders(folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from nostalgia.data.hub_columns import choose_columns, class_order, label_names
 from nostalgia.data.images import ImageDataset, Subset, common_white, decode
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.plain.caches import unwritable
 
 VAL_SPLITS = ("validation", "valid", "val", "test")
 
@@ -89,6 +90,8 @@ def from_disk(entry: Entry, folder: Path, val_fraction: float) -> Source:
                 found = datasets.load_dataset(str(folder), known.config if _described(folder) else None)
     except _errors() as error:
         _refuse(error, str(folder))
+        if cache := unwritable(error, datasets.config.HF_DATASETS_CACHE, "HF_DATASETS_CACHE"):
+            raise NotFoundError(f"{folder}: {cache}") from None
         raise NotFoundError(
             f"{folder}: {_reason(error)}; broken or partial (a clone without its large files?): copy it again"
         ) from None
@@ -114,6 +117,8 @@ def from_hub(entry: Entry, hub: Hub, val_fraction: float, download: bool) -> tup
             found = datasets.load_dataset(hub.id, hub.config)
     except _errors() as error:
         _refuse(error, f"hub {hub.id}")
+        if blocked := unwritable(error, datasets.config.HF_DATASETS_CACHE, "HF_DATASETS_CACHE"):
+            return None, f"hub {hub.id}: {blocked}"
         if not download and isinstance(error, OSError):  # FileNotFoundError, ConnectionError: it is not there
             return None, f"hub {hub.id}: {cache}"
         return None, f"hub {hub.id}: {'' if download else 'the cached copy is broken: '}{_reason(error)}"

@@ -36,10 +36,15 @@ def label_names(rows: Any, column: str, where: str) -> list[str]:
     names = getattr(rows.features[column], "names", None)
     values = rows.select_columns([column]).with_format(None)[:][column]
     for row, value in enumerate(values):
+        if isinstance(value, int) and value < 0 and (names is None or value == -1):
+            raise NotFoundError(
+                f"{where}, row {row}: label {value} in column {column!r}: a split without labels; choose another by val_split "
+                "(or train_split) beside hub_id in dataset.entries.<name>; train_split alone holds a part of it out"
+            )
         if names is not None and value is not None and not 0 <= value < len(names):
             raise NotFoundError(
                 f"{where}, row {row}: label {value} in column {column!r} is out of range; "
-                f"allowed is 0 to {len(names) - 1}{' (a split without labels?)' if value == -1 else ''}"
+                f"allowed is 0 to {len(names) - 1}"
             )
         if not isinstance(value, (int, str)):
             raise NotFoundError(f"{where}, row {row}: label {value!r} in column {column!r} is not a class")

@@ -79,6 +79,7 @@ class FileImages:
         self._paths = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
         self._ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
         self._white: float | None = None
+        self.notes: tuple[str, ...] = ()  # on what lies beside the images and is left out
 
     def __len__(self) -> int:
         return len(self.labels)

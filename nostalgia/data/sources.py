@@ -67,7 +67,8 @@ def folder_source(entry: Entry, folder: Path, val_fraction: float) -> Source:
         if found is not None:
             return make_source(entry, "folder", str(inner), *found, val_fraction)
     train, val = class_folders(entry.name, unpacked[-1], entry.drop)
-    return make_source(entry, "folder", str(unpacked[-1]), train, val, val_fraction)
+    notes = train.notes if val is None else (*train.notes, *val.notes)
+    return make_source(entry, "folder", str(unpacked[-1]), train, val, val_fraction, notes)
 
 
 def _own_folder(name: str, entries: Mapping[str, Any], val_fraction: float) -> Source:
@@ -111,7 +112,8 @@ def _under_root(entry: Entry, root: Path, val_fraction: float, tried: list[str])
     if (root / "train").is_dir():
         train, val = class_folders(entry.name, root)
         if entry.classes is None or len(train.classes) == entry.classes:
-            return make_source(entry, "folder", str(root), train, val, val_fraction)
+            notes = train.notes if val is None else (*train.notes, *val.notes)
+            return make_source(entry, "folder", str(root), train, val, val_fraction, notes)
         tried.append(f"folder {root / 'train'}: {len(train.classes)} classes, not {entry.classes}")
     return None
 

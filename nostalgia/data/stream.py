@@ -196,13 +196,17 @@ def curvature_batches(
 ) -> list[Batch]:
     """This rank's share of the fixed curvature set, held on the device: no augmentation, no padding.
 
-    A seeded choice, in proportion to the classes, that does not depend on the number of ranks; shares
-    differ by at most one sample and may be empty. ``num_workers`` threads decode.
+    A seeded choice, in proportion to the classes of each data set, that does not depend on the number of ranks; shares
+    differ by at most one sample and may be empty. A batch is of one data set, so that its samples have one head.
+    ``num_workers`` threads decode.
     """
-    chosen = stratified_choice(images.labels, num_samples, stable_seed(seed, name, -1))
+    classes = images.tasks * (int(images.labels.max()) + 1) + images.labels
+    chosen = stratified_choice(classes, num_samples, stable_seed(seed, name, -1))
+    chosen = chosen[images.tasks[chosen].argsort(stable=True)]
     mine = chosen.tensor_split(world_size)[rank]
     batches = []
-    for indices in mine.split(batch_size) if len(mine) else ():
+    counts = torch.bincount(images.tasks[mine]).tolist()
+    for indices in (piece for own in mine.split(counts) for piece in own.split(batch_size) if len(piece)):
         pixels = view.scale(images.read(indices, view.device, num_workers))
         batch = _as_batch(images, view, indices, pixels, len(indices))
         batch.images = view.normalise_(images.shifted(batch.images, batch.tasks))

@@ -52,6 +52,12 @@ class Task:
     augment: str
     source: str  # "embedded: scikit-learn"
     head: str  # name of the first task with this head: its own, or an earlier one
+    notes: tuple[str, ...] = ()  # on its data: what is held out, what is left out
+
+
+def data_notes(tasks: Sequence[Task]) -> list[str]:
+    """What is to be said of the tasks' data, each thing once."""
+    return list(dict.fromkeys(f"{task.dataset}: {note}" for task in tasks for note in task.notes))
 
 
 def expand_specs(
@@ -194,6 +200,7 @@ def _task(index: int, spec: TaskSpec, source: Source, seed: int, earlier: Sequen
         transform=spec.transform,
         augment=source.augment,
         source=f"{source.kind}: {source.where}",
+        notes=source.notes,
         head=head,
     )
 

@@ -17,6 +17,7 @@ from nostalgia.data.folders import scan
 from nostalgia.data.images import ArrayImages, FileImages, ImageDataset, Joined
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError
+from nostalgia.plain.caches import unwritable
 
 Arguments = Mapping[str, Any]
 Splits = tuple[tuple[Arguments, ...], tuple[Arguments, ...]]  # (train, val), each read and joined
@@ -119,6 +120,8 @@ def _remove_empty(root: Path, made: list[Path]) -> None:
 
 def _why(error: Exception, where: Path, files: FileSet, download: bool) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if download and (blocked := unwritable(error, where, "dataset.root")):
+        return blocked
     for place in _places(files, where):
         return f"{place} is there but broken or partial ({reason}); delete it and download it again"
     return f"download failed ({reason})" if download else f"not there ({reason})"

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from nostalgia.checkpoint.store import CheckpointStore, Contents
+from nostalgia.checkpoint.store import TASK_END, CheckpointStore, Contents
 from nostalgia.config.schema import Config
 from nostalgia.errors import InterruptedRun, RunFailedError
+from nostalgia.parallel.coordination import from_main
 from nostalgia.parallel.stop import StopRequest
+
+SHARE = 0.02  # of an eigensolve's time that its own checkpoints may take
+CONSIDER = 10  # products between two looks at the clock: rank 0's word goes to all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class Schedule:
 
     every_steps: int = 0
     every_epochs: int = 1
-    every_products: int = 0
+    every_products: int | None = 0  # None: as often as `SHARE` of the solve's time allows
     keep: int = 2
     on_failure: str = "stop"  # or continue, with a warning
 
@@ -35,6 +39,19 @@ class Schedule:
             keep=train.keep_checkpoints,
             on_failure=train.on_checkpoint_failure,
         )
+
+
+@dataclass
+class _Solve:
+    """An eigensolve under way: when it began, and the seconds its checkpoints took."""
+
+    started: float
+    products: int = 0
+    spent: float = 0.0
+
+    def affords(self, cost: float) -> bool:
+        """Whether one more checkpoint of ``cost`` seconds stays within `SHARE` of the time since the start."""
+        return self.spent + cost <= SHARE * (time.perf_counter() - self.started)
 
 
 class Checkpointer:
@@ -53,6 +70,8 @@ class Checkpointer:
         self.stop = StopRequest(accelerator)
         self.seconds = 0.0  # that training has waited for checkpoints
         self._epochs = 0
+        self._latest = 0.0  # seconds the latest checkpoint took
+        self._solve: _Solve | None = None
 
     def after_step(self, taken: int, epoch_done: bool) -> None:
         """After an optimizer step, or after an epoch's validation."""
@@ -68,7 +87,21 @@ class Checkpointer:
     def after_product(self, products: int) -> None:
         """Between two products of an eigensolve."""
         every = self.schedule.every_products
-        self.reach("eigensolve" if every and products % every == 0 else "")
+        if every is not None:
+            self.reach("eigensolve" if every and products % every == 0 else "")
+            return
+        if self._solve is None or products <= self._solve.products:
+            self._solve = _Solve(time.perf_counter())
+        solve = self._solve
+        solve.products = products
+        due = products % CONSIDER == 0 and from_main(self.accelerator, solve.affords(self._latest))
+        before = self.seconds
+        self.reach("eigensolve" if due else "")
+        solve.spent += self.seconds - before
+
+    def task_ended(self) -> None:
+        """A task has ended: its checkpoint is kept."""
+        self.reach(TASK_END)
 
     def reach(self, kind: str = "") -> None:
         """A point where the run may stop; a checkpoint of ``kind`` is due here, if any is.
@@ -96,7 +129,8 @@ class Checkpointer:
         if self.store is not None:
             store = self.store
             self._guarded(lambda: store.write(contents, background=background), must)
-        self.seconds += time.perf_counter() - started
+        self._latest = time.perf_counter() - started
+        self.seconds += self._latest
 
     def _guarded(self, work: Callable[[], None], must: bool = False) -> None:
         try:

@@ -23,8 +23,10 @@ from nostalgia.methods.loading import make_method, method_class
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import scope_parameters
 from nostalgia.models.objective import Objective
+from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.coordination import agree, main_first
+from nostalgia.training.optimizers import check_optimizer
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "hessian-eigenthings")
 
@@ -66,6 +68,21 @@ class Components:
         """The parameters in scope of the backbone as it is now, by name."""
         available = scope_parameters(self.backbone, self.config.model.scope)
         return {name: available[name] for name in self.scope}
+
+    def model(self, heads: Sequence[str] | None = None) -> TaskModel:
+        """The network as it stands with ``heads``, by name; all so far by default."""
+        return TaskModel(self.backbone, list(self.heads.values()) if heads is None else [self.heads[h] for h in heads])
+
+    def take_trained(self, model: TaskModel, heads: Sequence[str], count: int) -> None:
+        """Go on with what training has left of the backbone and of ``heads``, for the next ``count`` tasks."""
+        self.backbone = model.backbone  # type: ignore[assignment]
+        norm_statistics.average_over_ranks(self.backbone)
+        self.heads.update(zip(heads, model.heads, strict=True))
+        self.norm_statistics += [norm_statistics.capture(self.backbone)] * count
+
+    def capture_statistics(self, count: int) -> None:
+        """Take batch-norm statistics of the last ``count`` tasks anew."""
+        self.norm_statistics[-count:] = [norm_statistics.capture(self.backbone)] * count
 
     @property
     def global_batch_size(self) -> int:
@@ -153,6 +170,7 @@ def build_components(
 
     ``tasks`` are those of a dry run, which has looked for them already.
     """
+    check_optimizer(config.train.optimizer, sharded=strategy(accelerator) == "fsdp2")
     if tasks is None:
         tasks = load_tasks(config, accelerator)
     method = agree(accelerator, lambda: chosen_method(config))
@@ -167,6 +185,8 @@ def build_components(
         and norm_statistics.has_batch_norm(backbone)
     ):
         norm_statistics.synchronise(backbone)
+    elif config.dataset.batch_size == 1 and not method.frozen_backbone:
+        agree(accelerator, lambda: backbone.check_batch(1))
     scope = scope_parameters(backbone, config.model.scope)
     return Components(
         config=config,
@@ -233,6 +253,7 @@ def complete_method(config: Config) -> None:
     every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
     method = make_method(name, {**given, **every}, config.experiment.seed)
     method.check(len(task_specs(config)), curvature_options(config))
+    check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
 
@@ -247,6 +268,10 @@ def curvature_options(config: Config) -> CurvatureOptions:
     options = config.curvature
     return CurvatureOptions(
         kind=options.kind,
+        solver=options.solver,
+        rows_per_sample=options.rows_per_sample,
+        rows_budget_bytes=options.rows_budget_bytes,
+        last_task=options.last_task,
         hvp=options.hvp,
         num_samples=options.num_samples,
         batch_size=options.batch_size,

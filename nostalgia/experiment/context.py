@@ -27,10 +27,10 @@ def task_context(
 ) -> TaskContext:
     """The context of a round of ``tasks``: one, or all for joint training; ``heads`` are the names of the model's."""
     last = tasks[-1]
-    head = list(heads).index(last.head)
+    places = [list(heads).index(task.head) for task in tasks]
 
     def samples(count: int, batch_size: int | None = None) -> list[Batch]:
-        return curvature_samples(run, tasks, count, batch_size, head if len(tasks) == 1 else None)
+        return curvature_samples(run, tasks, count, batch_size, places)
 
     def loader(exemplars: Sequence[Exemplar]) -> ExemplarLoader:
         return _exemplar_loader(run, run.tasks[: last.index], exemplars, heads)
@@ -46,7 +46,7 @@ def task_context(
         accelerator=run.accelerator,
         curvature=curvature_options(run.config),
         seed=run.config.experiment.seed,
-        head=head,
+        head=places[-1],
         image_bytes=3 * run.view.image_size**2,
         samples=samples,
         loader=loader,
@@ -56,13 +56,20 @@ def task_context(
 
 
 def curvature_samples(
-    run: Components, tasks: Sequence[Task], count: int, batch_size: int | None = None, head: int | None = 0
+    run: Components,
+    tasks: Sequence[Task],
+    count: int,
+    batch_size: int | None = None,
+    heads: Sequence[int] = (0,),
+    *,
+    train: bool = True,
 ) -> list[Batch]:
-    """This rank's share of a fixed stratified choice of ``count`` training images; a collective.
+    """This rank's share of a fixed stratified choice of ``count`` training (or validation) images, each batch of one task;
+    a collective.
 
-    ``head`` is the place of their head among the model's; None: each task's own number.
+    ``heads`` are the places of the tasks' heads among the model's.
     """
-    images = run.loader(list(tasks), train=True).images
+    images = run.loader(list(tasks), train=train).images
     batches = agree(
         run.accelerator,
         lambda: curvature_batches(
@@ -76,8 +83,9 @@ def curvature_samples(
             world_size=run.accelerator.num_processes,
         ),
     )
-    for batch in batches if head is not None else ():
-        batch.tasks = torch.full_like(batch.tasks, head)  # type: ignore[arg-type]
+    places = torch.tensor(list(heads))
+    for batch in batches:
+        batch.tasks = places.to(batch.tasks.device)[batch.tasks]
     return batches
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from nostalgia.config import Config, Request
 from nostalgia.data.images import ArrayImages
-from nostalgia.data.tasks import Missing, Task, find_tasks, head_classes
+from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, build_components, source_loader, task_specs
 from nostalgia.parallel.coordination import agree
@@ -52,6 +52,8 @@ def dry_run(
     except NotFoundError as error:
         no_weights = str(error)
     console.print(_steps_table(config, found, accelerator.num_processes))
+    for line in data_notes(tasks):
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     missing: dict[str, list[str]] = {}  # why -> tasks
     for one in found:
         if isinstance(one, Missing):

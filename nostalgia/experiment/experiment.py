@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from nostalgia.checkpoint.store import TASK_END, Contents
-from nostalgia.data.tasks import Task
 from nostalgia.errors import NostalgiaError
-from nostalgia.evaluation.accuracy import Score, evaluate
 from nostalgia.experiment.analysis import Analysis
 from nostalgia.experiment.checkpointing import Checkpointer, Schedule
-from nostalgia.experiment.components import Components
 from nostalgia.experiment.context import task_context
+from nostalgia.experiment.evaluation import Evaluator
 from nostalgia.experiment.heads import heads_in_training, new_heads
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.experiment.outcome import make_log, run_results, say_outcome
-from nostalgia.experiment.phases import fit_phase
-from nostalgia.experiment.resume import Resumed
+from nostalgia.experiment.phases import begin_adapters_anew, fit_phase
 from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import STAGES, RunState
-from nostalgia.models import norm_statistics
-from nostalgia.models.adapters import restart_adapters
-from nostalgia.models.task_model import TaskModel
-from nostalgia.parallel.guard import check_consistency
-from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.results import RunResults
-from nostalgia.training.loop import Training
+
+if TYPE_CHECKING:
+    from nostalgia.checkpoint.store import Contents
+    from nostalgia.data.tasks import Task
+    from nostalgia.evaluation.accuracy import Score
+    from nostalgia.experiment.components import Components
+    from nostalgia.experiment.resume import Resumed
+    from nostalgia.reporting.progress import Progress
+    from nostalgia.reporting.results import RunResults
+    from nostalgia.training.loop import Training
 
 
 class Experiment:
@@ -49,8 +46,7 @@ class Experiment:
         self.checkpoints = Checkpointer(folder, self.accelerator, schedule, self._contents, self._warn)
         self.initial = {k: v.detach().cpu().clone() for k, v in run.backbone.state_dict().items()}
         self.snapshot = Snapshot(run, self.analysis, self.initial, folder)
-        # Evaluation images are few and read again after every task: their loaders are made once.
-        self.val_loaders = [run.loader([task], train=False) for task in run.tasks]
+        self.evaluator = Evaluator(run)
         self.rounds = [run.tasks] if run.method.joint else [[task] for task in run.tasks]
         self.training: Training | None = None  # the phase in progress
         self.observer: PhaseObserver | None = None  # of it
@@ -87,7 +83,7 @@ class Experiment:
             state.seconds.append(self._round_elapsed())
             state.round, state.stage, state.round_elapsed, state.metrics = state.round + 1, STAGES[0], 0.0, {}
             self._round_started = time.perf_counter()
-            self.checkpoints.reach(TASK_END)
+            self.checkpoints.task_ended()
 
     def _baseline(self, tasks: list[Task]) -> None:
         """What a head alone gives on the backbone the run began with: forward transfer is measured against it."""
@@ -117,7 +113,7 @@ class Experiment:
     def _train(self, tasks: list[Task]) -> None:
         run, state = self.c, self.state
         if tasks[0].index > 1 and not self._resumes_a_phase:
-            self._restart_adapters(tasks[0])
+            begin_adapters_anew(run, tasks[0])
         new = new_heads(run, tasks) if self.warm_head is None else {tasks[0].head: self.warm_head}
         heads = heads_in_training(run, new)
         names = list(heads)
@@ -126,7 +122,7 @@ class Experiment:
         validate = None
         if len(tasks) == 1:
             head, reach = names.index(tasks[0].head), self.checkpoints.reach
-            validate = lambda model: self._score(model, tasks[0], head, reach)  # noqa: E731
+            validate = lambda model: self.evaluator.score(model, tasks[0], head, reach)  # noqa: E731
         observer = PhaseObserver(self.progress, self.log, name, state.step, validate=validate)
         model = fit_phase(
             self,
@@ -139,15 +135,13 @@ class Experiment:
         )
         self.warm_head = None
         state.step, state.metrics, state.tasks = state.step + observer.steps, observer.metrics, tasks[-1].index
-        run.backbone = model.backbone  # type: ignore[assignment]
-        norm_statistics.average_over_ranks(run.backbone)
-        run.heads.update(zip(names, model.heads, strict=True))
-        run.norm_statistics += [norm_statistics.capture(run.backbone)] * len(tasks)
+        run.take_trained(model, names, len(tasks))
 
     def _end(self, tasks: list[Task]) -> None:
         """The method takes in what it remembers of the task, which it may also change the network by."""
-        run, started = self.c, time.perf_counter()
-        heads = run.heads if run.method.all_heads or run.method.joint else {tasks[0].head: run.heads[tasks[0].head]}
+        run = self.c
+        self._ending = time.perf_counter()
+        heads = list(run.heads) if run.method.all_heads or run.method.joint else [tasks[0].head]
         with ExitStack() as stack:
             display: list[Any] = []
 
@@ -157,26 +151,28 @@ class Experiment:
                 display[0].products(work, done)
                 self.checkpoints.after_product(work)
 
-            context = task_context(run, tasks, TaskModel(run.backbone, list(heads.values())), list(heads), pause)
-            context.validate = self._mean_accuracy
+            context = task_context(run, tasks, run.model(heads), heads, pause)
+            context.validate = self.evaluator.mean_accuracy
             run.method.task = context
             run.method.end_task(context)
-        self.state.between_overhead += time.perf_counter() - started
+        self.state.between_overhead += time.perf_counter() - self._ending
+        self._ending = None
         self.state.memory_bytes = max(self.state.memory_bytes, run.method.bytes_remembered())
-        run.norm_statistics[-len(tasks) :] = [norm_statistics.capture(run.backbone)] * len(tasks)
+        run.capture_statistics(len(tasks))
         pairs = None if run.method.joint else self.analysis.task_ended(tasks[0])
         note = run.method.note()
         if note:
             self.progress.console.print(f"note: {tasks[-1].name}: {note}", highlight=False, markup=False)
         self._pairs = pairs
 
+    _ending: float | None = None  # when the method began to end a task, while it does
     _pairs: Any = None  # of the task that has just ended, to be shown with its accuracies
 
     def _evaluate(self, tasks: list[Task]) -> None:
         """A row of both accuracy matrices: each task seen, with the task known and not known."""
         run, state = self.c, self.state
         seen = run.tasks[: state.tasks]
-        scores = [self._score_finished(task, self.checkpoints.reach) for task in seen]
+        scores = [self.evaluator.score_finished(task, self.checkpoints.reach) for task in seen]
         self.log.evaluation(
             step=state.step,
             tasks=[t.name for t in seen],
@@ -205,13 +201,6 @@ class Experiment:
     def _resumes_a_phase(self) -> bool:
         return self.resumed is not None and self.resumed.phase is not None
 
-    def _restart_adapters(self, task: Task) -> None:
-        """Merge the adapters into the weights, where the method or ``model.lora.merge`` wants it."""
-        if self.c.method.restarts_adapters:
-            restart_adapters(self.c.backbone, self.config.experiment.seed * 1000 + task.index)
-        elif self.config.model.lora.merge == "task":
-            restart_adapters(self.c.backbone, None)
-
     def _fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
         """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
         loader = self.c.loader([task], train=True)
@@ -222,7 +211,7 @@ class Experiment:
             self.state.step,
             label="warmup",
             record=record,
-            finish=lambda model: self._score(model, task, 0, self.checkpoints.reach),
+            finish=lambda model: self.evaluator.score(model, task, 0, self.checkpoints.reach),
         )
         backbone.set_trainable(False)  # type: ignore[operator]
         epochs = self.config.train.head_warmup_epochs
@@ -235,32 +224,6 @@ class Experiment:
             self.c.backbone = model.backbone  # type: ignore[assignment]
         assert observer.score is not None
         return model.heads[0], observer.score
-
-    def _mean_accuracy(self) -> float:
-        """Of the tasks seen, each known, over their validation images; a run does not stop within."""
-        seen = self.c.tasks[: self.state.tasks]
-        return sum(self._score_finished(task).accuracy for task in seen) / len(seen)
-
-    def _score_finished(self, task: Task, pause: Callable[[], None] | None = None) -> Score:
-        """The task with its own batch-norm statistics where it is known, with the network's as it stands where not."""
-        run = self.c
-        model, head = TaskModel(run.backbone, list(run.heads.values())), list(run.heads).index(task.head)
-        statistics = run.norm_statistics[task.index - 1]
-        if self.config.model.norm_statistics != "per_task" or not statistics or task.index == self.state.tasks:
-            return self._score(model, task, head, pause)
-        with norm_statistics.using(run.backbone, statistics):
-            known = self._score(model, task, head, pause)
-        with norm_statistics.using(run.backbone, run.norm_statistics[-1]):
-            unknown = self._score(model, task, head, pause)
-        return Score(known.accuracy, known.loss, known.correct, known.num_samples, unknown.class_incremental)
-
-    def _score(self, model: nn.Module, task: Task, head: int, pause: Callable[[], None] | None = None) -> Score:
-        limit = self.config.train.max_eval_batches
-        return evaluate(model, self.val_loaders[task.index - 1], self.accelerator, limit, pause, head=head)
-
-    def guard(self, parameters: dict[str, torch.Tensor], where: str) -> None:
-        """Raise RunFailedError where ranks hold different numbers."""
-        check_consistency({**parameters, **self.c.method.replicated_tensors()}, where)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -296,6 +259,8 @@ class Experiment:
         if self.training is not None and self.training.phase.method is self.c.method:
             saved.training_overhead += self.training.clock.seconds
             saved.between_overhead += self.training.begin_seconds
+        if self._ending is not None:
+            saved.between_overhead += time.perf_counter() - self._ending
         contents = self.snapshot.take(kind, saved, self.training, self.log.position())
         contents.before = self.log.sync
         return contents
@@ -303,6 +268,7 @@ class Experiment:
     def _finish_resuming(self) -> None:
         """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
         assert self.resumed is not None
+        self.snapshot.check_method(self.resumed.source)
         self.snapshot.restore_random_state(self.resumed)
         self.resumed = self.snapshot.method_state = None
 

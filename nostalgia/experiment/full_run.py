@@ -12,6 +12,7 @@ from nostalgia.methods.base import MemoryPlan
 from nostalgia.reporting.console import RunInfo
 from nostalgia.reporting.cost import Measured, TaskLoad, Workload, cost_panel, estimate
 from nostalgia.reporting.run_folder import read_run
+from nostalgia.training.optimizers import OPTIMIZERS
 
 
 def full_run_of(request: Request, run: Components) -> tuple[Config, MemoryPlan]:
@@ -33,12 +34,15 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
         joint=joint,
         global_batch_size=info.global_batch_size,
         head_warmup_epochs=full.train.head_warmup_epochs,
-        top_k=full.method.get("top_k", full.analysis.top_k) if done.curvature else 0,
+        top_k=full.method.get("top_k", full.analysis.top_k)
+        if done.curvature and full.curvature.solver == "lanczos"
+        else 0,
         num_samples=full.curvature.num_samples,
         trained_parameters=info.trainable_parameters + heads,
-        optimizer_states=2 if full.train.optimizer == "adamw" else 1,
+        optimizer_states=OPTIMIZERS[full.train.optimizer].states,
         memory_bytes=plan.bytes,
         memory=plan.text,
         devices=info.devices,
+        last_task=full.curvature.last_task,
     )
     return cost_panel(work, estimate(work, Measured.of(done, smallest)))

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nostalgia.config.schema import Config
+from nostalgia.data.tasks import Task
+from nostalgia.experiment.components import Components
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.methods.base import TaskContext
 from nostalgia.methods.finetune import Finetune
+from nostalgia.models.adapters import restart_adapters
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import wrap_by_layer
+from nostalgia.parallel.guard import check_consistency
 from nostalgia.training.loop import Optimization, Phase, Training
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ def fit_phase(
         log_every=config.train.log_every_n_steps,
         max_steps_per_epoch=config.train.max_steps_per_epoch,
         frozen_backbone=frozen,
-        guard=experiment.guard,
+        guard=lambda parameters, where: check_consistency({**parameters, **run.method.replicated_tensors()}, where),
         guard_every=config.train.guard_every_n_steps,
         where=observer.task,
         after_step=experiment.after_step,
@@ -58,6 +62,14 @@ def fit_phase(
     if frozen and not head_only:
         model.backbone.set_trainable(True)  # type: ignore[operator]
     return model
+
+
+def begin_adapters_anew(run: Components, task: Task) -> None:
+    """Merge the adapters into the weights, where the method or ``model.lora.merge`` wants it."""
+    if run.method.restarts_adapters:
+        restart_adapters(run.backbone, run.config.experiment.seed * 1000 + task.index)
+    elif run.config.model.lora.merge == "task":
+        restart_adapters(run.backbone, None)
 
 
 def optimization(config: Config, epochs: int, *, head_only: bool = False) -> Optimization:

@@ -10,21 +10,18 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
 from nostalgia.config import Request
+from nostalgia.data.tasks import data_notes
 from nostalgia.experiment.components import Components, build_components, complete_method
 from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
+from nostalgia.experiment.deliverables import write_deliverables
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
-from nostalgia.experiment.exporting import EXPORT, export_run
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import run_info, run_notes
 from nostalgia.experiment.resume import Resumed, open_run
 from nostalgia.parallel.coordination import on_main
-from nostalgia.reporting.console import print_config, print_final, start_panel
-from nostalgia.reporting.drawing import draw_run
+from nostalgia.reporting.console import print_config, start_panel
 from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.report import write_report
-from nostalgia.reporting.results import write_results
-from nostalgia.reporting.run_folder import read_run
 from nostalgia.reporting.streams import make_console
 
 
@@ -61,30 +58,16 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     )
     info = run_info(components, request, folder)
     console.print(start_panel(info))
-    for line in run_notes(config):
+    for line in (*run_notes(config), *data_notes(components.tasks)):
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)
         results = experiment.run()
     full = full_run_of(request, components) if request.debug else ()
     if accelerator.is_main_process:
-        paths = write_results(folder / "results", results)
-        if config.experiment.export:
-            paths[EXPORT] = export_run(folder, components, results, request.argv)
-        skipped = _draw(experiment, folder, paths) if config.logger.report else []
-        print_final(console, results, paths)
-        if skipped:  # `plot_all` says why of each
-            console.print(f"nothing to draw for  {', '.join(skipped)}", highlight=False)
+        write_deliverables(folder, components, results, request.argv, console, experiment.log)
         if full:
             console.print(cost_of_full_run(*full, components, info, folder))
     experiment.log.finish(results)
     accelerator.wait_for_everyone()
     return folder
-
-
-def _draw(experiment: Experiment, folder: Path, paths: dict[str, Path]) -> list[str]:
-    """Figures and report, their places added to ``paths``; returns what there was nothing to draw for."""
-    drawn = draw_run(read_run(folder), folder / "results" / "figures")
-    experiment.log.figures(drawn.made)
-    paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
-    return list(drawn.skipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -11,9 +12,7 @@ from accelerate.utils import set_seed
 from nostalgia.data.folders import class_folders
 from nostalgia.data.images import Subset
 from nostalgia.data.stream import View
-from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.evaluate import EvaluationRequest
 from nostalgia.evaluation.per_class import evaluate_classes
 from nostalgia.experiment.components import load_tasks, task_loader, task_specs
 from nostalgia.experiment.data_check import FILE, check_data
@@ -25,6 +24,10 @@ from nostalgia.reporting.class_table import Measured, print_measured
 from nostalgia.reporting.files import write_json
 from nostalgia.reporting.results import read_results
 from nostalgia.reporting.streams import make_console
+
+if TYPE_CHECKING:
+    from nostalgia.data.tasks import Task
+    from nostalgia.evaluate import EvaluationRequest
 
 Classes = dict[str, list[str]]  # what the outputs of each task's head stand for
 

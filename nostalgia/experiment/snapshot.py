@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from nostalgia.checkpoint.codec import StateCodec
+from nostalgia.checkpoint.codec import ReadOnce, StateCodec
 from nostalgia.checkpoint.store import Contents, understood
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.analysis import Analysis
 from nostalgia.experiment.components import Components, versions
 from nostalgia.experiment.heads import empty_heads
-from nostalgia.experiment.resume import Resumed
 from nostalgia.experiment.state import RunState
 from nostalgia.models import norm_statistics
 from nostalgia.models.adapters import merged_weights
@@ -27,6 +25,10 @@ from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
 from nostalgia.training.loop import PhaseState, Training
+
+if TYPE_CHECKING:
+    from nostalgia.experiment.analysis import Analysis
+    from nostalgia.experiment.resume import Resumed
 
 FORMAT = 2  # of a checkpoint's state
 
@@ -113,6 +115,9 @@ class Snapshot:
         tensors.from_main(self._kept(run.backbone), values, source)
         ranks = tensors.broadcast_object([_join_tensors(r, f"ranks/{i}", values) for i, r in enumerate(saved["ranks"])])
         rank, count = run.accelerator.process_index, len(ranks)
+        if count != run.accelerator.num_processes and tensors.is_main():
+            for line in self._other_ranks(count):
+                print(line, flush=True)
         norm_statistics.apply(run.backbone, ranks[rank % count]["norm"])
         resumed.random_state = ranks[rank] if rank < count else None
         run.heads.update(empty_heads(run, state.tasks))
@@ -123,6 +128,8 @@ class Snapshot:
         tensors.from_main(targets, values, source)
         self.analysis.load_state(self._decode(saved["analysis"], resumed))
         self.method_state = self._decode(saved["method"], resumed)
+        if isinstance(self.method_state, Mapping):
+            self.method_state = ReadOnce(self.method_state)
         self.load_method(source)
         if saved["phase"] is not None:
             resumed.phase = PhaseState(saved["phase"], _below("phase", values))
@@ -133,6 +140,31 @@ class Snapshot:
         name = self.run.method.name
         with understood(f"{source}, method={name}"):
             self.run.method.load_state_dict(self.method_state)
+
+    def check_method(self, source: str) -> None:
+        """Raise NotFoundError for a part of the method's state that it has not taken up: it would be lost."""
+        unread = self.method_state.unread if isinstance(self.method_state, ReadOnce) else []
+        if unread:
+            raise NotFoundError(
+                f"{source}, method={self.run.method.name}: load_state_dict does not read {', '.join(unread)}, which its state "
+                "in the checkpoint has; go on with the class that wrote it"
+            )
+
+    def _other_ranks(self, count: int) -> list[str]:
+        """What makes training on another number of ranks than ``count`` differ by more than rounding."""
+        backbone, note = self.run.backbone, f"note: the run was on {count} ranks, it goes on with"
+        own_batches = norm_statistics.has_batch_norm(backbone) and not backbone.norm_frozen
+        whole = any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules())
+        found = []
+        if backbone.draws_in_training():
+            found.append("dropout is drawn by each rank anew")
+        if own_batches and not whole:
+            found.append("batch norm in training is over each rank's own batch")
+        return [
+            f"{note} {self.run.accelerator.num_processes}: {why}, so that what follows is not equal up to rounding, only "
+            "alike"
+            for why in found
+        ]
 
     def _decode(self, plain: Any, resumed: Resumed) -> Any:
         run = self.run

@@ -64,6 +64,9 @@ class LanczosState:
     probe_values: Tensor | None = None  # (k,) Ritz values when it started
     probe_residuals: Tensor | None = None  # (k,)
     probe_chain: Tensor | None = None  # (j, 2): recurrence of the probe's j products; None: not followed
+    seconds: float = 0.0  # spent so far, over all parts of a solve that was broken off
+    collectives: int = 0
+    bytes_moved: int = 0
 
     def clone(self) -> LanczosState:
         """A copy that later products leave alone, without the room to grow."""

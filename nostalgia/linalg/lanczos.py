@@ -32,7 +32,7 @@ from torch import Tensor
 from nostalgia.errors import UsageError
 from nostalgia.linalg.krylov import Krylov, LanczosState, Operator, Ritz
 from nostalgia.linalg.subspace import polish_
-from nostalgia.linalg.vector_space import Traffic, VectorSpace
+from nostalgia.linalg.vector_space import VectorSpace
 
 __all__ = ["Eigenpairs", "LanczosProgress", "LanczosState", "Operator", "lanczos"]
 
@@ -123,9 +123,8 @@ def lanczos(
             f"{operator.space.local_size}: resume with the parameters and ranks it was made with"
         )
     solve = _Solve(Krylov(operator, rows, seed, state), k, tol, limit, rows, which, probe)
-    started, before = time.perf_counter(), operator.space.traffic.snapshot()
     ritz = solve.run(callback)
-    return solve.result(ritz, true_residuals, started, before)
+    return solve.result(ritz, true_residuals)
 
 
 @dataclass
@@ -140,6 +139,9 @@ class _Solve:
     which: str
     probe: int
 
+    def __post_init__(self) -> None:
+        self._clock, self._traffic = time.perf_counter(), self.krylov.space.traffic.snapshot()
+
     def run(self, callback: Callable[[LanczosProgress], None] | None) -> Ritz:
         """Products until the end; whatever is decided between two of them follows from the state alone."""
         krylov, state = self.krylov, self.krylov.state
@@ -153,11 +155,21 @@ class _Solve:
             if state.probe_chain is not None:
                 state.probe_chain = torch.cat([state.probe_chain, krylov.recurrence()])
             ritz = krylov.ritz(self.which)
+            self._count_costs()
             if callback is not None:
                 callback(self._progress(ritz))
         return ritz
 
-    def result(self, ritz: Ritz, true_residuals: bool, started: float, before: Traffic) -> Eigenpairs:
+    def _count_costs(self) -> None:
+        """Add time and traffic since the last count to the state, so that a solve that goes on reports all its parts."""
+        state, now, traffic = self.krylov.state, time.perf_counter(), self.krylov.space.traffic.snapshot()
+        moved = traffic.since(self._traffic)
+        state.seconds += now - self._clock
+        state.collectives += moved.large + moved.small
+        state.bytes_moved += moved.bytes
+        self._clock, self._traffic = now, traffic
+
+    def result(self, ritz: Ritz, true_residuals: bool) -> Eigenpairs:
         krylov, space, k = self.krylov, self.krylov.space, self.k
         vectors = space.combine_(ritz.vectors[:, :k].T, krylov.state.basis[: krylov.m])
         vectors = polish_(vectors, space).clone()
@@ -167,16 +179,16 @@ class _Solve:
         values, residuals = ritz.values[:k].clone(), ritz.residuals[:k].clone()
         if true_residuals:
             residuals = self._true_residuals(vectors, values)
-        moved = space.traffic.since(before)
+        self._count_costs()
         return Eigenpairs(
             eigenvalues=values,
             eigenvectors=vectors,
             residuals=residuals,
             converged=residuals <= self._allowed(ritz)[:k],
             products=krylov.state.products,
-            collectives=moved.large + moved.small,
-            bytes_moved=moved.bytes,
-            seconds=time.perf_counter() - started,
+            collectives=krylov.state.collectives,
+            bytes_moved=krylov.state.bytes_moved,
+            seconds=krylov.state.seconds,
             tol=self.tol,
             space=space,
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -227,10 +228,13 @@ class VectorSpace:
         self._count_large(send)
         return received[: self.local_size]
 
+    @torch.no_grad()
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """This rank's part (L,), a copy, of tensors whole on every rank, or shards: no communication."""
-        parts = [self._part(i, tensor).reshape(-1).to(self.dtype) for i, tensor in enumerate(tensors)]
-        return torch.cat(parts)
+        parts = self._parts(tensors)
+        if len(parts) == 1:  # of which flattening makes a view
+            return parts[0].reshape(-1).to(self.dtype, copy=True)
+        return _flatten_dense_tensors(parts).to(self.dtype)
 
     @torch.no_grad()
     def put(self, x: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -239,15 +243,12 @@ class VectorSpace:
         Shards, and anything on one rank, without communication; tensors whole on each of several ranks by one
         all-gather.
         """
-        tensors = list(tensors)
-        if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
-            parts: Sequence[Tensor] = self.gather(x)
-            targets = [tensor.detach() for tensor in tensors]
-        else:
-            targets = [self._part(i, tensor) for i, tensor in enumerate(tensors)]
-            split = x.split([target.numel() for target in targets])
-            parts = [part.view(target.shape) for part, target in zip(split, targets, strict=True)]
-        torch._foreach_copy_(targets, list(parts))
+        torch._foreach_copy_(*self._matched(x, tensors))
+
+    @torch.no_grad()
+    def subtract(self, x: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Subtract the vector x (L,) from ``tensors`` in place; communication as in `put`."""
+        torch._foreach_sub_(*self._matched(x, tensors))
 
     def gather_flat(self, x: Tensor) -> Tensor:
         """Whole rows (m, P) on every rank of a block x (m, L), one all-gather a row to bound the memory."""
@@ -265,7 +266,52 @@ class VectorSpace:
         ranges = self.layout.flat_ranges(self.rank)
         return torch.cat([x[:, :0], *(x[:, start:stop] for start, stop in ranges)], dim=1)
 
+    def exchange_rows(self, rows: Tensor) -> Tensor | None:
+        """Each rank's own whole rows (m_r, P), as this rank's part (sum m_r, L) of all of them, in the order of ranks.
+
+        None where no rank has any. One small all-reduce of the counts and one all-to-all of this rank's m_r P numbers.
+        """
+        if self.world_size == 1:
+            return rows if len(rows) else None
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = len(rows)
+        numbers = self.all_reduce(counts).tolist()
+        if sum(numbers) == 0:
+            return None
+        parts = []
+        for rank in range(self.world_size):
+            ranges = self.layout.flat_ranges(rank)
+            parts.append(torch.cat([rows[:, :0], *(rows[:, a:b] for a, b in ranges)], dim=1).flatten())
+        send = torch.cat(parts)
+        received = send.new_empty(sum(numbers) * self.local_size)
+        dist.all_to_all_single(
+            received,
+            send,
+            [n * self.local_size for n in numbers],
+            [part.numel() for part in parts],
+            group=self.group,
+        )
+        self._count_large(send if send.numel() >= received.numel() else received)
+        return received.view(sum(numbers), self.local_size)
+
     # -- inside ---------------------------------------------------------------------------------------------
+
+    def _matched(self, x: Tensor, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of ``tensors``, and the parts of x (L,) that belong to it, whole where they are whole."""
+        tensors = list(tensors)
+        if self.world_size > 1 and not all(isinstance(tensor, DTensor) for tensor in tensors):
+            return [tensor.detach() for tensor in tensors], list(self.gather(x))
+        targets = self._parts(tensors)
+        return targets, list(_unflatten_dense_tensors(x, targets))
+
+    def _parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What this rank holds of each of ``tensors``; quick where that is all, for it is done several times a step."""
+        tensors = list(tensors)
+        if self.world_size > 1 or any(isinstance(tensor, DTensor) for tensor in tensors):
+            return [self._part(i, tensor) for i, tensor in enumerate(tensors)]
+        if tuple(tensor.shape for tensor in tensors) != self.shapes:
+            return [self._part(i, tensor) for i, tensor in enumerate(tensors)]  # says which
+        return tensors
 
     def _part(self, index: int, tensor: Tensor) -> Tensor:
         """What this rank holds of parameter ``index`` or a tensor like it: a shard or a slice, no copy."""

@@ -61,6 +61,12 @@ class TaskContext:
     validate: Callable[[], float] = lambda: 0.0
     """In `Method.end_task`: mean validation accuracy over the tasks seen, of the network as it stands. A collective."""
     augmented: bool = True  # whether training images differ from epoch to epoch
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether the task's curvature is used: by a later task, or because `curvature.last_task` asks for the last's."""
+        return self.index < self.num_tasks or self.curvature.last_task
+
     pause: Callable[[int, int, int], None] = _no_pause
     """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and
     lets a run that was asked to stop do so, with a checkpoint of the method's state. All ranks call it together."""
@@ -109,6 +115,8 @@ class Method:
     """Train those heads along; otherwise they are frozen."""
     frozen_backbone: ClassVar[bool] = False
     """Train heads alone."""
+    needs_metric: bool = False
+    """Takes steps in the optimizer's metric, which must be known; an instance may set it."""
     restarts_adapters: bool = False
     """Merge LoRA adapters into the weights and begin them anew (B = 0) before every task but the first."""
     strengths: ClassVar[tuple[float, ...]] = ()
@@ -167,7 +175,8 @@ class Method:
         """Take up what `state_dict` gave; plain tensors come whole, on the run's device, on every rank.
 
         A run that resumes within a task calls this before `begin_task`, so that it finds what earlier tasks left, and once
-        more after it, so that what it took from the network as it stands is put back.
+        more after it, so that what it took from the network as it stands is put back. A name of the state that no call has
+        read, and whose value is not None, ends the run: it would be lost.
         """
         if state:
             raise ValueError(f"{type(self).__name__} has no load_state_dict for {', '.join(state)}")

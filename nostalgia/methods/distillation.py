@@ -47,6 +47,9 @@ class Distillation:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != set(self._kept):
+            odd = sorted(set(state) ^ set(self._kept))
+            raise ValueError(f"the teacher's tensors are not those of this network: {', '.join(odd[:3])}")
         for name, value in self._kept.items():
             value.copy_(state[name])
 

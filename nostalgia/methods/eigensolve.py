@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nostalgia.curvature.eigenspace import CurvatureOptions, task_operator, top_eigenpairs
+from nostalgia.curvature.eigenspace import CurvatureOptions, gradient_rows, task_operator, top_eigenpairs
+from nostalgia.curvature.rows import eigenpairs_of_rows
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
@@ -25,10 +26,19 @@ class Eigensolver:
     def solve(self, task: TaskContext, k: int) -> Eigenpairs:
         """The ``k`` largest eigenpairs, going on with what `load_state_dict` took up; all ranks call it.
 
+        With ``curvature.solver=rows`` one pass over the samples, without a state: one that is broken off begins again.
         Raises RunFailedError where no pair converged.
         """
         options = task.curvature
         batches = task.samples(options.num_samples, options.batch_size)
+        if options.solver == "rows":
+            rows = gradient_rows(
+                task.model, task.objective, batches, task.parameters, task.accelerator, options, task.space
+            )
+            pairs = eigenpairs_of_rows(rows, k, tol=options.tol, budget_bytes=options.rows_budget_bytes)
+            return _some_converged(
+                pairs, task, f"in {options.rows_budget_bytes} bytes of rows; raise curvature.rows_budget_bytes"
+            )
         operator = task_operator(
             task.model, task.objective, batches, task.parameters, task.accelerator, options, task.space
         )
@@ -40,13 +50,8 @@ class Eigensolver:
         state, self.unfinished = self.unfinished, None
         pairs = top_eigenpairs(operator, k, options, follow, state)
         self.unfinished = None
-        if not bool(pairs.converged.any()):
-            raise RunFailedError(
-                f"{task.tasks[-1].name}: none of {k} eigenpairs converged in {pairs.products} products "
-                f"(worst residual {float(pairs.residuals.max()):.2g}); raise curvature.max_products or curvature.tol, "
-                "or use curvature.precision=float64"
-            )
-        return pairs
+        how = f"in {pairs.products} products; raise curvature.max_products or curvature.tol"
+        return _some_converged(pairs, task, how)
 
     def state_dict(self, task: TaskContext | None) -> dict[str, Any] | None:
         if self.unfinished is None or task is None:
@@ -67,6 +72,16 @@ class Eigensolver:
         self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
 
 
+def _some_converged(pairs: Eigenpairs, task: TaskContext, how: str) -> Eigenpairs:
+    """The pairs; raises RunFailedError where none converged."""
+    if bool(pairs.converged.any()):
+        return pairs
+    raise RunFailedError(
+        f"{task.tasks[-1].name}: none of {len(pairs.eigenvalues)} eigenpairs converged {how}, or use "
+        f"curvature.precision=float64 (worst residual {float(pairs.residuals.max()):.2g})"
+    )
+
+
 def check_eigensolve(k: int, options: CurvatureOptions) -> None:
     """Raise UsageError for limits under which ``k`` pairs cannot be found."""
     for name, value, least in (("max_basis", options.max_basis, k + 2), ("max_products", options.max_products, k)):
@@ -79,8 +94,9 @@ def unconverged_note(pairs: Eigenpairs) -> str:
     missed = (~pairs.converged).nonzero().flatten().tolist()
     if not missed:
         return ""
+    how = f"in {pairs.products} products" if pairs.products else "within curvature.rows_budget_bytes"
     worst = max(float(pairs.residuals[i] / pairs.eigenvalues[i].abs().clamp_min(1e-300)) for i in missed)
     return (
-        f"eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge in {pairs.products} products (worst "
+        f"eigenpairs {', '.join(str(i + 1) for i in missed)} did not converge {how} (worst "
         f"relative {worst:.2g}, tol {pairs.tol:g}); they are left out"
     )

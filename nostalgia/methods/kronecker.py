@@ -69,7 +69,7 @@ class Kronecker(Method):
 
     def end_task(self, task: TaskContext) -> None:
         self.distillation = None
-        if self.tail is not None:
+        if self.tail is not None and task.wants_curvature:
             self.tail.end(task)
 
     def bytes_remembered(self) -> int:

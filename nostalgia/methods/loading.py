@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
-from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.options import nearest, read_options
+from nostalgia.plain.tracebacks import last_frame
 
 BUILT_IN: dict[str, str] = {
     "agem": "AGem",
@@ -52,7 +54,15 @@ def method_class(name: str) -> type[Method]:
 def make_method(name: str, options: Mapping[str, Any], seed: int) -> Method:
     """The method called ``name`` with ``options``; raises UsageError for an option it does not have or allow."""
     kind = method_class(name)
-    return kind(read_options(kind.Config, options, "method"), seed=seed)
+    config = read_options(kind.Config, options, "method")
+    try:
+        return kind(config, seed=seed)
+    except Exception as error:
+        if name in BUILT_IN or isinstance(error, NostalgiaError):
+            raise
+        raise UsageError(
+            f"method={name}: making it by {kind.__name__}(config, seed) failed at {last_frame(error)}"
+        ) from error
 
 
 def _own_class(name: str) -> type[Method]:
@@ -64,26 +74,19 @@ def _own_class(name: str) -> type[Method]:
             raise NotFoundError(
                 f"method={name}: there is no module {module_name}; run from its folder, or set PYTHONPATH"
             ) from None
-        raise UsageError(f"method={name}: {_place(error)}") from error
-    except Exception as error:
-        raise UsageError(f"method={name}: {_place(error)}") from error
+        raise UsageError(f"method={name}: importing it failed at {last_frame(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"method={name}: importing it failed at {last_frame(error)}") from error
     kind: Any = getattr(module, class_name, None)
     if kind is None:
         raise NotFoundError(f"method={name}: {module.__file__} has no {class_name}")
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise UsageError(f"method={name}: not a class derived from nostalgia.methods.Method")
+    if not is_dataclass(kind.Config):
+        raise UsageError(f"method={name}: its Config is {kind.Config!r:.60}; allowed is a dataclass of options")
     if not kind.name:
         kind.name = class_name  # results and reports need one
+    if not (isinstance(kind.name, str) and re.fullmatch(r"[\w.+-]+", kind.name)):
+        raise UsageError(f"method={name}: its name is {kind.name!r:.60}; allowed are letters, digits and _ . + -")
     found: type[Method] = kind
     return found
-
-
-def _place(error: BaseException) -> str:
-    """The last frame of the traceback of an error in the user's module, and its message."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}: " if trace is not None else ""
-    if isinstance(error, SyntaxError):
-        where = f"{error.filename}, line {error.lineno}: "
-    return f"importing it failed at {where}{type(error).__name__}: {error}"

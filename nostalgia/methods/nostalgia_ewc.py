@@ -15,7 +15,7 @@ from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.eigensolve import check_eigensolve
-from nostalgia.methods.nostalgia import Eigenspace, EigenspaceConfig
+from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 from nostalgia.methods.vectors import gradients_of
 from nostalgia.options import option
 
@@ -66,6 +66,8 @@ class NostalgiaEwc(Method):
         space.put(g, gradients)
 
     def end_task(self, task: TaskContext) -> None:
+        if not task.wants_curvature:
+            return
         self.eigenspace.end(task)
         space = self.eigenspace.memory.space
         self.center = None if space is None else space.take(p.detach() for p in task.parameters.values())

@@ -6,6 +6,7 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ from nostalgia.errors import UsageError
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.backbones import has_adapters
 from nostalgia.models.seeding import seeded
+
+logger = logging.getLogger(__name__)
 
 #: Query, key, value and output projections of attention, as the libraries name them.
 ATTENTION = (
@@ -72,7 +75,8 @@ def attach_lora(
 
     ``target_modules`` are ends of layer names (``q_proj``, ``attention.query``); None takes the attention's
     projections, and in a network without attention layers every linear and convolution layer but the first.
-    The adapters' values depend on ``seed`` alone. Raises UsageError when a name matches no layer.
+    The adapters' values depend on ``seed`` alone. A layer with whose adapter the network does not run is left out, with a
+    warning, where None was given. Raises UsageError when a name matches no layer, or one of those layers.
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UsageError(
@@ -81,13 +85,55 @@ def attach_lora(
     if has_adapters(backbone):
         raise UsageError("the backbone has adapters already: they stay attached over all tasks")
     targets = resolve_targets(backbone, target_modules)
+    _inject(backbone, targets, r, alpha, dropout, seed)
+    unfit = _unfit(backbone, targets)
+    if unfit:
+        if target_modules is not None or len(unfit) == len(targets):
+            raise UsageError(
+                f"model.lora.target_modules: {backbone.source} does not run with an adapter on {_summary(unfit)}; leave "
+                "it out, or set model.use_lora=false"
+            )
+        logger.warning("%s: no adapter on %s, with which the network does not run", backbone.source, _summary(unfit))
+    backbone.train(backbone.training)  # the new layers, with their dropout, come in training mode
+
+
+def _inject(backbone: Backbone, targets: list[str], r: int, alpha: int, dropout: float, seed: int) -> None:
     adapters = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
     with seeded(seed):
         inject_adapter_in_model(adapters, backbone.model)
     adapted = {name for name, module in backbone.model.named_modules() if isinstance(module, BaseTunerLayer)}
     assert adapted == set(targets), f"PEFT adapted {adapted ^ set(targets)} besides or not"
-    backbone.train(backbone.training)  # the new layers, with their dropout, come in training mode
+    for layer in _adapted_layers(backbone).values():
+        base = layer.get_base_layer()
+        for name in ("stride", "padding", "dilation", "kernel_size", "groups", "padding_mode"):  # that networks read
+            if hasattr(base, name) and not hasattr(layer, name):
+                setattr(layer, name, getattr(base, name))
     backbone.lora = adapters
+
+
+def _unfit(backbone: Backbone, targets: Sequence[str]) -> list[str]:
+    """The adapted layers with which the network does not run: tried all together, and one by one where that fails.
+
+    Their adapters are taken off.
+    """
+    if backbone.runs():
+        return []
+    layers, unfit = _adapted_layers(backbone), []
+    for name, layer in layers.items():
+        _put(backbone, name, layer.get_base_layer())
+    for name in targets:
+        _put(backbone, name, layers[name])
+        if not backbone.runs():
+            unfit.append(name)
+            _put(backbone, name, layers[name].get_base_layer())
+    assert backbone.lora is not None
+    backbone.lora.target_modules = [name for name in targets if name not in unfit]
+    return unfit
+
+
+def _put(backbone: Backbone, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(backbone.model.get_submodule(parent), last, module)
 
 
 def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) -> list[str]:
@@ -211,8 +257,7 @@ def _without_adapter_layers(backbone: Backbone, merge: bool) -> Backbone:
         if isinstance(module, BaseTunerLayer):
             if merge:
                 module.merge(safe_merge=True)
-            parent, _, last = name.rpartition(".")
-            setattr(result.model.get_submodule(parent), last, module.get_base_layer())
+            _put(result, name, module.get_base_layer())
     result.lora = None
     return result
 

@@ -62,12 +62,13 @@ class Backbone(nn.Module):
         source: str,
         arch: str | None = None,
         call: Mapping[str, Any] | None = None,
+        bgr: bool = False,
     ) -> None:
         """``features`` reads the features out of the model's output (None: chosen from what the model gives).
 
-        ``call`` holds further arguments of every forward call; ``source`` says where architecture and weights
-        are from, ``arch`` torchvision's name of the network. Raises UsageError when the network cannot take
-        images of ``image_size``.
+        ``call`` holds further arguments of every forward call; ``bgr``: ``model`` wants blue first. ``source`` says where
+        architecture and weights are from, ``arch`` torchvision's name of the network. Raises UsageError when the network
+        cannot take images of ``image_size``.
         """
         super().__init__()
         self.model = model
@@ -78,6 +79,7 @@ class Backbone(nn.Module):
         self.source = source
         self.arch = arch
         self.call = dict(call or {})
+        self.bgr = bgr
         self.lora: LoraConfig | None = None  # set by attach_lora
         self.norm_frozen = False
         self.paused: frozenset[str] = frozenset()
@@ -123,6 +125,30 @@ class Backbone(nn.Module):
         """Names within ``model`` of the linear and convolution layers that are really called, in order."""
         return self._probe().called
 
+    def runs(self) -> bool:
+        """Whether the network takes images as it is now, its layers changed or not; by shapes alone."""
+        try:
+            probe(self.model, self._run, self.image_size)
+        except (*SHAPE_ERRORS, AttributeError, NotImplementedError):
+            return False
+        return True
+
+    def draws_in_training(self) -> bool:
+        """Whether a forward pass in training mode draws random numbers (dropout, stochastic depth)."""
+        return probe(self.model, self._run, self.image_size, training=True).random
+
+    def check_batch(self, size: int) -> None:
+        """Raise UsageError where a batch of ``size`` images leaves a batch norm one value per channel to normalise by."""
+        try:
+            probe(self.model, self._run, self.image_size, count=size, training=True)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UsageError(
+                    f"dataset.batch_size={size}: a batch norm of {self.source} has a single value per channel at "
+                    f"{self.image_size} x {self.image_size} pixels, by which nothing can be normalised; use "
+                    f"dataset.batch_size={size + 1} or more, a larger dataset.image_size, or model.norm_statistics=frozen"
+                ) from None
+
     def _probe(self) -> Probe:
         try:
             return probe(self.model, self._run, self.image_size)
@@ -134,6 +160,8 @@ class Backbone(nn.Module):
             ) from error
 
     def _run(self, model: Callable[..., Any], images: Tensor) -> Any:
+        if self.bgr:
+            images = images.flip(1)
         if self.framework == "hf":
             return model(pixel_values=images, **self.call)
         return model(images)

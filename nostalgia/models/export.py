@@ -111,8 +111,9 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
         with quiet():
             backbone.model.save_pretrained(folder)  # type: ignore[operator]
         settings = {
-            # Named after ViT, it resizes, rescales and normalises for any network.
-            "image_processor_type": "ViTImageProcessor",
+            # Named after ViT, it resizes, rescales and normalises for any network; MobileViT's turns the channels too.
+            "image_processor_type": "MobileViTImageProcessor" if backbone.bgr else "ViTImageProcessor",
+            **({"do_flip_channel_order": True, "do_center_crop": False} if backbone.bgr else {}),
             "do_resize": True,
             "size": {"height": backbone.image_size, "width": backbone.image_size},
             "do_rescale": True,

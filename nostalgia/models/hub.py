@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers.utils import logging as hf_logging
 
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.plain.caches import unwritable
 
 SETTINGS = ("config.json", "preprocessor_config.json")
 #: File patterns of each format of weights, and its index where there are several files.
@@ -115,6 +116,8 @@ def _not_had(model_id: str, error: Exception, allowed: bool) -> str:
         reason = "not asked: a dry run downloads nothing, the run itself would try"
     elif constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE=1 forbids the network"
+    elif cache := unwritable(error, constants.HF_HUB_CACHE, "HF_HOME"):
+        return f"model.model_id={model_id}: {cache}"
     elif status is not None:
         reason = f"HTTP {status}: no such repository, or no access to it"
     else:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
@@ -29,7 +30,9 @@ from nostalgia.models.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
+Triple = tuple[float, float, float]
 HALF = (0.5, 0.5, 0.5)
+SIDES = ("height", "shortest_edge")  # of an image processor's size
 
 #: Conventions that the output alone does not tell. All others: ``pooler_output`` where there is one.
 FEATURES: dict[str, Callable[[Any], Tensor]] = {
@@ -75,8 +78,8 @@ def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None
     settings = _read_config(model_id, folder, config)
     hub.check_weights(model_id, folder)
     model, missing = _load(model_id, folder, settings)
-    size, mean, std = _processing(model_id, folder, settings, config)
-    backbone = _backbone(model, settings, image_size or size, mean, std, model_id)
+    size, mean, std, bgr = _processing(model_id, folder, settings, config)
+    backbone = _backbone(model, settings, image_size or size, mean, std, model_id, bgr)
     lost = sorted(name for name in missing if name not in backbone.unused)
     if lost:
         raise NotFoundError(
@@ -93,6 +96,7 @@ def _backbone(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     source: str,
+    bgr: bool = False,
 ) -> Backbone:
     patch = getattr(settings, "patch_size", None)
     if isinstance(patch, int) and image_size % patch:
@@ -116,6 +120,7 @@ def _backbone(
         framework="hf",
         source=source,
         call=call,
+        bgr=bgr,
     )
 
 
@@ -206,8 +211,11 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
 
 def _processing(
     model_id: str, folder: Path, settings: PreTrainedConfig, config: Mapping[str, Any]
-) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
-    """Image side, mean and std of the image processor beside the weights; ``config`` may overrule them."""
+) -> tuple[int, Triple, Triple, bool]:
+    """Image side, mean, std and whether blue comes first, of the image processor beside the weights.
+
+    ``config`` may overrule mean and std, which are of images in [0, 1].
+    """
     mean, std = (_triple(config, key) for key in NORMALISATION)
     size = _native_size(settings) or 224
     file = folder / "preprocessor_config.json"
@@ -219,29 +227,69 @@ def _processing(
                 "Say otherwise by model.config.image_mean=[...] and model.config.image_std=[...]",
                 model_id,
             )
-        return size, mean or HALF, std or HALF
+        return size, mean or HALF, std or HALF, False
     if "auto_map" in _read_json(model_id, file):
         raise UsageError(f"model.model_id={model_id}: its image processor asks for Python code of its own, never run")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, config=settings, trust_remote_code=False)
     except (ValueError, OSError, TypeError) as error:
         raise UsageError(f"model.model_id={model_id}: {file} is not an image processor of transformers") from error
-    mean = mean or _triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean")
-    std = std or _triple({"image_std": getattr(processor, "image_std", None)}, "image_std")
-    return _processor_size(processor) or size, mean or HALF, std or HALF
+    own_mean, own_std = _normalisation(processor, f"model.model_id={model_id}: {file}")
+    _say_resizing(processor, model_id)
+    bgr = bool(getattr(processor, "do_flip_channel_order", False))
+    return _processor_size(processor) or size, mean or own_mean, std or own_std, bgr
+
+
+def _normalisation(processor: Any, where: str) -> tuple[Triple, Triple]:
+    """Mean and std by which images in [0, 1] become what the processor makes of images in [0, 255].
+
+    With r the factor it rescales by (1 where it does not), (255 r u - m) / s = (u - m / (255 r)) / (s / (255 r)).
+    """
+    for name in ("rescale_offset", "offset"):
+        if getattr(processor, name, None):
+            raise UsageError(
+                f"{where}: {name} is not supported; give model.config.image_mean and model.config.image_std"
+            )
+    white = 255.0 * (float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0)
+    if white <= 0:
+        raise UsageError(f"{where}: rescale_factor={processor.rescale_factor}: allowed is more than 0")
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if getattr(processor, "do_normalize", True):
+        mean = _triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean") or HALF
+        std = _triple({"image_std": getattr(processor, "image_std", None)}, "image_std") or HALF
+    red, green, blue = (m / white for m in mean)
+    return (red, green, blue), (std[0] / white, std[1] / white, std[2] / white)
+
+
+def _say_resizing(processor: Any, model_id: str) -> None:
+    """Warn, once, of what the processor does to an image's size that is done in another way here."""
+    others = []
+    if getattr(processor, "do_resize", True) and getattr(processor, "resample", 2) not in (2, None):
+        others.append(f"resamples by {Image.Resampling(processor.resample).name.lower()}")
+    crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
+    if getattr(processor, "do_center_crop", False) and crop is not None and _side(crop) != _side(size):
+        others.append(f"crops {_side(crop)} of {_side(size)} pixels")
+    if others and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "%s: its image processor %s; here the central square of an image is resized bilinearly",
+            model_id,
+            " and ".join(others),
+        )
+
+
+def _side(size: Any) -> int | None:
+    """Side in pixels of a processor's size, however it is given."""
+    if size is None or isinstance(size, int):
+        return size
+    values = [size.get(key) if isinstance(size, Mapping) else getattr(size, key, None) for key in SIDES]
+    return next((int(value) for value in values if value), None)
 
 
 def _processor_size(processor: Any) -> int | None:
     """Side of the images after the processor's own resizing and cropping."""
     crops = bool(getattr(processor, "do_center_crop", False))
-    for size in ([getattr(processor, "crop_size", None)] if crops else []) + [getattr(processor, "size", None)]:
-        if isinstance(size, int):
-            return size
-        for key in ("height", "shortest_edge"):
-            value = getattr(size, key, None) if not isinstance(size, Mapping) else size.get(key)
-            if value:
-                return int(value)
-    return None
+    sizes = [getattr(processor, "crop_size", None)] if crops else []
+    return next((side for size in [*sizes, getattr(processor, "size", None)] if (side := _side(size))), None)
 
 
 def _native_size(settings: PreTrainedConfig) -> int | None:

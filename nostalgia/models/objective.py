@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nostalgia.data.stream import Batch
+from nostalgia.errors import UsageError
 
 
 @dataclass
@@ -63,6 +64,17 @@ class Objective:
         return self.loss(model(batch.images), batch), len(batch)
 
     def forward_fn(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) of the one head that the batch's samples have, and labels (B,), as `GGNOperator` wants them."""
+        """Logits (B, C) of the one head that the batch's samples have, and labels (B,), as `GGNOperator` wants them.
+
+        Raises UsageError for a batch whose samples have several heads: no one of them has the loss that is trained.
+        """
         logits = model(batch.images)
-        return (logits[0] if len(logits) == 1 else logits[int(batch.tasks[0])]), batch.labels
+        if len(logits) == 1:
+            return logits[0], batch.labels
+        heads = batch.tasks.unique().tolist()
+        if len(heads) != 1:
+            raise UsageError(
+                f"the Gauss-Newton or Fisher matrix of a batch under {len(heads)} heads ({', '.join(map(str, heads))}): give "
+                "batches of one head each, as TaskContext.samples does, or take curvature.kind=hessian"
+            )
+        return logits[heads[0]], batch.labels

@@ -1,7 +1,7 @@
 """What a network does with its inputs, found by one forward pass on the ``meta`` device: shapes without
 arithmetic.
 
-The module itself is not touched: its parameters and buffers are replaced by meta tensors for the one call.
+The module itself is not touched, nor what it caches: a structural copy on ``meta`` is called.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nostalgia.parallel.modules import skeleton
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -28,6 +31,7 @@ class Probe:
     output: Any
     called: tuple[str, ...]
     parameters: dict[str, Tensor]  # the meta stand-ins, by name
+    random: bool  # whether it drew random numbers: dropout, stochastic depth, noise
 
     def unused(self, features: Tensor) -> set[str]:
         """Names of the parameters on which ``features`` (meta, with a graph) does not depend.
@@ -48,40 +52,48 @@ class Probe:
         return {name for name, value in self.parameters.items() if id(value) not in reached}
 
 
-def probe(module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any], image_size: int) -> Probe:
-    """Run ``module`` in evaluation mode on meta images (2, 3, image_size, image_size).
+def probe(
+    module: nn.Module,
+    run: Callable[[Callable[..., Any], Tensor], Any],
+    image_size: int,
+    *,
+    count: int = 2,
+    training: bool = False,
+) -> Probe:
+    """Run ``module`` in evaluation mode, or in training mode, on meta images (count, 3, image_size, image_size).
 
     ``run(call, images)`` calls ``call`` as it would call the module.
 
     Raises one of ``SHAPE_ERRORS`` where the network cannot take such images.
     """
+    module = skeleton(module)
     parameters: dict[str, Tensor] = {
         name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point())
         for name, value in module.named_parameters()
     }
     buffers = {name: torch.empty_like(value, device="meta") for name, value in module.named_buffers()}
     dtype = next((value.dtype for value in parameters.values()), torch.float32)
-    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=dtype)
+    images = torch.empty(count, 3, image_size, image_size, device="meta", dtype=dtype)
     called: list[str] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return functional_call(module, {**parameters, **buffers}, args, kwargs)
 
-    with evaluation_mode(module), _recording(module, called), torch.enable_grad():
+    module.train(training)
+    draws = _Draws()
+    with _recording(module, called), torch.enable_grad(), draws:
         output = run(call, images)
-    return Probe(output, tuple(dict.fromkeys(called)), parameters)
+    return Probe(output, tuple(dict.fromkeys(called)), parameters, draws.seen)
 
 
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode within the block, each back in its own mode after it."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes.items():
-            child.training = training
+class _Draws(TorchDispatchMode):
+    """Sees whether any operation draws from torch's random generators."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -3,8 +3,12 @@
 With Q (m, P) the memory's orthonormal rows, g the synchronised gradient and a the parameters at the start of the task:
 
 * gradient:     g <- g - Q^T (Q g)
-* displacement: theta <- a + (I - Q^T Q)(theta - a) after the optimizer's step
-* constrained:  d = d0 - D^-1 Q^T (Q D^-1 Q^T)^-1 Q d0, with d0 the optimizer's own step and D its metric
+* displacement: theta <- theta - Q^T Q (theta - a) after the optimizer's step
+* constrained:  theta <- theta - D^-1 Q^T (Q D^-1 Q^T)^-1 Q (theta - a), with D the optimizer's metric
+
+Where theta lay in the complement before the step, as constrained steps leave it, Q (theta - a) is Q d0 of the optimizer's own
+step d0, and the last line is the nearest step to d0 in D with Q d = 0. Written with the displacement, rounding does not add
+up over steps. D stands still for ``metric_every`` steps.
 
 The products are global: one coefficient a row over all projected parameters and ranks, not one a layer. Rows stored in
 bfloat16 are no longer orthonormal; the inverse of their Gram matrix takes the place of the identity then.
@@ -12,22 +16,19 @@ bfloat16 are no longer orthonormal; the inverse of their Gram matrix takes the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nostalgia.linalg.precision import full_precision_matmul
+from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.projection.constraint import StepConstraint, solve_gram
 from nostalgia.projection.memory import CurvatureMemory
-
-# Columns of Q handled at once where Q cannot be used as it lies (another dtype, or scaled by the metric): small enough
-# that the scaled copy stays in the cache, large enough to keep a GPU busy.
-CHUNK = {"cpu": 1 << 14, "cuda": 1 << 17}
-# Rows of Q times all earlier ones at once: half of a symmetric matrix is enough. A GPU wants fewer, larger calls.
-ROWS = {"cpu": 64, "cuda": 256}
-METRIC_FLOOR = 0.1  # of the metric's root mean square: see _inverse_metric
+from nostalgia.projection.metric import bare_optimizer, metric_of
+from nostalgia.projection.rows import BasisRows
 
 
 class GradientProjector:
@@ -35,21 +36,25 @@ class GradientProjector:
 
     ``parameters`` maps names to the parameters in training (plain or DTensor), in the order and of the shapes the
     memory was computed with. An empty memory projects nothing. The parameters' values at construction are the anchor
-    from which `leak` and `displace_step` measure.
+    from which displacements are measured. ``metric_every``: constrained steps between two looks at the optimizer's metric.
     """
 
     def __init__(
-        self, memory: CurvatureMemory, parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter]
+        self,
+        memory: CurvatureMemory,
+        parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter],
+        metric_every: int = 10,
     ) -> None:
         self.memory = memory
         if not isinstance(parameters, Mapping):
             parameters = {str(i): p for i, p in enumerate(parameters)}
         self._parameters = list(parameters.values())
-        self.anchor: Tensor | None = None  # (P_local,)
-        if self.active:
+        if memory.basis is not None and memory.space is not None:
             memory.check_layout(parameters)
+            self._rows = BasisRows(memory.basis, memory.space)
             self._inverse_gram = memory.inverse_gram()  # (m, m) float64, None where rows are orthonormal
-            self.anchor = self._take(self._parameters)
+            self._constraint = StepConstraint(self._rows, self._inverse_gram, metric_every)
+            self._anchor = self._take(self._parameters)[None]  # (1, P_local)
 
     @property
     def active(self) -> bool:
@@ -63,14 +68,11 @@ class GradientProjector:
         """
         if not self.active:
             return None
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = self._gradients()
         g = self._take(gradients)
-        coefficients, norms = self._coefficients(g)
-        solved = self._solve_gram(coefficients)
-        self._subtract(g, solved)
+        coefficients, norms = self._rows.coefficients(g)
+        solved = solve_gram(self._inverse_gram, coefficients)
+        self._rows.subtract(g, solved)
         self._space.put(g, gradients)
         return (coefficients @ solved) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
@@ -82,16 +84,13 @@ class GradientProjector:
         """
         if not self.active:
             return None
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = self._gradients()
         g = self._take(gradients)
-        coefficients, norms = self._coefficients(g)
+        coefficients, norms = self._rows.coefficients(g)
         values = self.memory.eigenvalues.to(coefficients.device)
         shrink = values / (values.median() + values)
-        solved = self._solve_gram(coefficients)
-        self._subtract(g, shrink * solved)
+        solved = solve_gram(self._inverse_gram, coefficients)
+        self._rows.subtract(g, shrink * solved)
         self._space.put(g, gradients)
         removed = (coefficients * solved * shrink * (2 - shrink)).sum()
         return removed / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -100,33 +99,24 @@ class GradientProjector:
     def constrain_step(self, optimizer: Optimizer) -> None:
         """``optimizer.step()``, corrected in the optimizer's own metric so that it stays in the complement.
 
-        A step the optimizer skipped (float16 overflow, accumulation) moves nothing, and so corrects nothing.
+        A step the optimizer skipped (float16 overflow) moves nothing, and so corrects nothing. Raises UsageError, before
+        the step, for an optimizer whose metric is not known.
         """
         if not self.active:
             optimizer.step()
             return
-        before = self._take(self._parameters)
+        metric = metric_of(optimizer)
         optimizer.step()
-        step = self._take(self._parameters).sub_(before)  # (P_local,) d0
-        inverse_metric = self._inverse_metric(optimizer)
-        system, coefficients = self._constraint_system(step, inverse_metric)
-        correction = torch.zeros_like(step)
-        self._subtract(correction, torch.linalg.solve_ex(system, coefficients)[0])
-        if inverse_metric is not None:
-            correction.mul_(inverse_metric)
-        self._space.put(before.add_(step).add_(correction), self._parameters)
+        if not getattr(optimizer, "step_was_skipped", False):
+            self._constraint.renew(lambda: metric(bare_optimizer(optimizer), self._parameters, self._space))
+            self._correct()
 
     @torch.no_grad()
     def displace_step(self, optimizer: Optimizer) -> None:
         """``optimizer.step()``, then the displacement since the task's start is projected."""
         optimizer.step()
-        if not self.active:
-            return
-        assert self.anchor is not None
-        displacement = self._take(self._parameters).sub_(self.anchor)
-        coefficients, _ = self._coefficients(displacement)
-        self._subtract(displacement, self._solve_gram(coefficients))
-        self._space.put(displacement.add_(self.anchor), self._parameters)
+        if self.active:
+            self._correct()
 
     def step(self, optimizer: Optimizer, project: str) -> None:
         """``optimizer.step()``, corrected as ``project`` says: constrained, displacement, or not at all."""
@@ -142,123 +132,40 @@ class GradientProjector:
         """|part of theta - a in the span of the stored Q| / |theta - a|; None without a memory or a displacement."""
         if not self.active:
             return None
-        assert self.anchor is not None
-        displacement = self._take(self._parameters).sub_(self.anchor)
-        coefficients, norm = self._coefficients(displacement)
-        inside = (coefficients @ self._solve_gram(coefficients)).clamp_min(0.0)
+        coefficients, norm = self._rows.coefficients(self._displacement())
+        inside = (coefficients @ solve_gram(self._inverse_gram, coefficients)).clamp_min(0.0)
         return float((inside / norm).sqrt()) if float(norm) > 0 else None
 
-    def whole_anchor(self) -> Tensor:
-        """The anchor (P,) whole on every rank, for a checkpoint; only with a memory."""
-        assert self.anchor is not None
-        return self._space.gather_flat(self.anchor[None])[0]
+    def state(self) -> dict[str, Any]:
+        """What later steps depend on, for a checkpoint: nothing without a memory."""
+        if not self.active:
+            return {}
+        return {"anchor": Block(self._anchor, self._space), "constraint": self._constraint.state()}
 
-    def set_anchor(self, anchor: Tensor) -> None:
-        """Measure from ``anchor`` (P,), what `whole_anchor` gave, instead of from the parameters at construction."""
-        self.anchor = self._space.slice_flat(anchor[None])[0].to(self._space.device).contiguous()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, its blocks in any placement: a collective."""
+        if self.active:
+            anchor: Block = state["anchor"]
+            self._anchor = anchor.to(self._space).contiguous()
+            self._constraint.load_state(state["constraint"])
 
     @property
     def _space(self) -> VectorSpace:
-        space = self.memory.space
-        assert space is not None
-        return space
-
-    @property
-    def _basis(self) -> Tensor:  # (m, P_local)
-        basis = self.memory.basis
-        assert basis is not None
-        return basis
+        return self._rows.space
 
     def _take(self, tensors: list[Tensor]) -> Tensor:
         """A fresh flat copy (P_local,) of what this rank holds of ``tensors``."""
         return self._space.take(tensors)
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Column blocks of Q in the vectors' dtype; one block, without a copy, where Q is stored in it."""
-        basis, dtype = self._basis, self._space.dtype
-        if basis.dtype == dtype:
-            yield slice(0, basis.shape[1]), basis
-            return
-        for columns in self._columns():
-            yield columns, basis[:, columns].to(dtype)
+    def _gradients(self) -> list[Tensor]:
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-    def _columns(self) -> Iterator[slice]:
-        width, size = CHUNK.get(self._basis.device.type, CHUNK["cuda"]), self._basis.shape[1]
-        for start in range(0, size, width):
-            yield slice(start, min(start + width, size))
+    def _displacement(self) -> Tensor:
+        return self._take(self._parameters).sub_(self._anchor[0])
 
-    def _coefficients(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Q v (m,) and |v|^2 in float64, one small all-reduce for both."""
-        partial = torch.zeros(self._basis.shape[0] + 1, dtype=torch.float64, device=vector.device)
-        for columns, block in self._chunks():
-            partial[:-1] += torch.mv(block, vector[columns])
-        partial[-1] = torch.dot(vector, vector) if vector.numel() else 0.0
-        self._space.all_reduce(partial)
-        return partial[:-1], partial[-1]
-
-    def _solve_gram(self, coefficients: Tensor) -> Tensor:
-        return coefficients if self._inverse_gram is None else self._inverse_gram @ coefficients
-
-    def _subtract(self, vector: Tensor, coefficients: Tensor) -> None:
-        """``vector -= Q^T coefficients`` in place."""
-        weights = coefficients.to(vector.dtype)
-        for columns, block in self._chunks():
-            vector[columns].addmv_(block.T, weights, alpha=-1)
-
-    def _constraint_system(self, step: Tensor, inverse_metric: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Q D^-1 Q^T (m, m) and Q d0 (m,) in float64: one pass over Q, one small all-reduce, no scaled copy of Q."""
-        if inverse_metric is None:
-            coefficients, _ = self._coefficients(step)
-            return self._identity_or_gram(), coefficients
-        m = self._basis.shape[0]
-        rows = ROWS.get(step.device.type, ROWS["cuda"])
-        partial = torch.zeros(m, m + 1, dtype=torch.float64, device=step.device)
-        # The metric enters as its square root on both sides: the system stays symmetric to rounding.
-        root = inverse_metric.sqrt()
-        stretched = step / root
-        for columns in self._columns():
-            scaled = self._basis[:, columns] * root[columns]
-            with full_precision_matmul(step.device.type):
-                for start in range(0, m, rows):
-                    stop = min(start + rows, m)
-                    partial[start:stop, :stop] += scaled[start:stop] @ scaled[:stop].T
-                partial[:, m] += torch.mv(scaled, stretched[columns])
-        system = partial[:, :m]
-        system.copy_(system.tril() + system.tril(-1).T)
-        self._space.all_reduce(partial)
-        return partial[:, :m], partial[:, m]
-
-    def _identity_or_gram(self) -> Tensor:
-        if self._inverse_gram is not None:
-            return torch.linalg.inv(self._inverse_gram)
-        return torch.eye(self._basis.shape[0], dtype=torch.float64, device=self._basis.device)
-
-    def _inverse_metric(self, optimizer: Optimizer) -> Tensor | None:
-        """1 / D (P_local,): D = sqrt(v_hat) + eps for Adam-like optimizers, None (the identity) for the others.
-
-        D is floored at a tenth of its root mean square: any positive D keeps Q d = 0, and without the floor
-        coordinates whose second moment is near zero would take most of the correction.
-        """
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        state = optimizer.state
-        if not all("exp_avg_sq" in state.get(p, {}) for p in self._parameters):
-            return None
-        metric = self._take([state[p]["exp_avg_sq"] for p in self._parameters])
-        scale, epsilon = self._per_parameter(
-            lambda p: 1.0 - groups[id(p)]["betas"][1] ** float(state[p]["step"]), lambda p: groups[id(p)]["eps"]
-        )
-        metric.div_(scale).sqrt_().add_(epsilon)
-        root_mean_square = self._space.norm(metric) / self._space.size**0.5
-        return metric.clamp_min_(METRIC_FLOOR * float(root_mean_square)).reciprocal_()
-
-    def _per_parameter(self, *values: Callable[[nn.Parameter], float]) -> list[float | Tensor]:
-        """Each value per parameter: a number where all parameters agree, else spread to (P_local,)."""
-        result: list[float | Tensor] = []
-        for value in values:
-            numbers = [value(p) for p in self._parameters]
-            if len(set(numbers)) == 1:
-                result.append(numbers[0])
-            else:
-                spread = [torch.full_like(p, number) for p, number in zip(self._parameters, numbers, strict=True)]
-                result.append(self._take(spread))
-        return result
+    def _correct(self) -> None:
+        """Take out of the parameters what of their displacement is not in the complement."""
+        self._space.subtract(self._constraint.correction(self._displacement()), self._parameters)

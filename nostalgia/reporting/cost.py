@@ -43,6 +43,12 @@ class Workload:
     memory_bytes: int  # that the method remembers, at most, over all ranks
     memory: str  # in words
     devices: str
+    last_task: bool = True  # its curvature is taken too
+
+    @property
+    def curved(self) -> Sequence[TaskLoad]:
+        """The tasks whose curvature is taken."""
+        return self.tasks if self.last_task else self.tasks[:-1]
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def estimate(work: Workload, measured: Measured) -> Cost:
     pairs = list(zip(fits, work.tasks, strict=True))
     forward = sum(fit * task.num_train for fit, task in pairs) + _evaluated(work, fits)
     products = PRODUCTS_PER_PAIR * work.top_k + PRODUCTS_AT_LEAST if work.top_k else 0
-    samples = sum(min(work.num_samples, task.num_train) for task in work.tasks)
+    samples = sum(min(work.num_samples, task.num_train) for task in work.curved)
     per_image, per_sample = measured.seconds_per_image, measured.seconds_per_sample
     return Cost(
         steps=steps,
@@ -130,7 +136,7 @@ def cost_panel(work: Workload, cost: Cost) -> Panel:
     grid.add_row("training", _time(cost.training_seconds))
     grid.add_row("evaluation", f"{_time(cost.evaluation_seconds)}{', with the heads alone' if alone else ''}")
     if cost.products:
-        solves = f"{len(work.tasks)} x about {cost.products} products"
+        solves = f"{len(work.curved)} x about {cost.products} products"
         most = "" if cost.curvature_seconds is None else "at most "
         grid.add_row("curvature", f"{most}{_time(cost.curvature_seconds)}: {solves}")
     grid.add_row("together", f"{_time(cost.seconds)} on {work.devices}, without start and figures")

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from nostalgia.checkpoint.store import understood
 from nostalgia.data.stream import TaskLoader
@@ -21,6 +21,7 @@ from nostalgia.methods.base import Method, TaskContext
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel import tensors
 from nostalgia.parallel.modules import bare_module, inner_module, named_parameters
+from nostalgia.training.optimizers import make_optimizer
 from nostalgia.training.overhead import OverheadClock
 from nostalgia.training.step import StepResult, train_step
 
@@ -32,7 +33,7 @@ class Optimization:
     """How a phase is optimised. Times are in epochs, rates per step."""
 
     epochs: int
-    optimizer: str = "adamw"  # adamw or sgd
+    optimizer: str = "adamw"  # one of OPTIMIZERS
     lr: float = 3e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -110,7 +111,7 @@ class Training:
     def __init__(self, model: TaskModel, loader: TaskLoader, phase: Phase) -> None:
         self.phase, self.loader = phase, loader
         options = phase.optimization
-        optimizer = make_optimizer(model, options)
+        optimizer = make_optimizer(model, options.optimizer, vars(options))
         self.wrapped, self.optimizer = phase.accelerator.prepare(model, optimizer)
         self.parameters = scope_parameters(self.wrapped, phase.scope)
         self.clock = OverheadClock(self.wrapped, self.optimizer.optimizer, phase.accelerator.device)
@@ -176,7 +177,9 @@ class Training:
     def _restore(self, state: PhaseState, source: str) -> None:
         position = state.position
         self.epoch, self.step, self.taken = position["epoch"], position["step"], position["taken"]
-        self._make_optimizer_state(tensors.broadcast_object(sorted(state.tensors)))
+        self._make_optimizer_state(
+            tensors.broadcast_object({name: tuple(value.shape) for name, value in sorted(state.tensors.items())})
+        )
         tensors.from_main({**self._heads(), **self._optimizer_state()}, state.tensors, source)
         self.scheduler.last_epoch = position["scheduler"] - 1
         with warnings.catch_warnings():  # torch counts the optimizer's steps of this process alone
@@ -254,24 +257,16 @@ class Training:
             if isinstance(value, Tensor)
         }
 
-    def _make_optimizer_state(self, names: list[str]) -> None:
-        """Tensors of the right kind for ``names``: like the parameter, or a number (``step``)."""
+    def _make_optimizer_state(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Tensors to restore into: like the parameter, of a shape of their own (Adafactor's), or a number (``step``)."""
         parameters = named_parameters(self.wrapped)
-        for full in names:
+        for full, shape in shapes.items():
             kind, _, rest = full.partition("/")
             key, _, name = rest.partition("/")
             if kind == "optimizer" and name in parameters:
-                parameter = parameters[name]
-                value = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter).detach()
-                self.optimizer.optimizer.state[parameter][key] = value
-
-
-def make_optimizer(model: nn.Module, options: Optimization) -> Optimizer:
-    """The optimizer over the parameters that require a gradient."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if options.optimizer == "sgd":
-        return SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    return AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+                parameter = parameters[name].detach()
+                alike = torch.zeros_like(parameter) if shape == parameter.shape else parameter.new_zeros(shape)
+                self.optimizer.optimizer.state[parameters[name]][key] = torch.tensor(0.0) if key == "step" else alike
 
 
 def make_scheduler(

@@ -97,12 +97,12 @@ def costs(model: nn.Module) -> dict[str, Any]:
     assert memory.basis is not None
     assert memory.columns == RANK
     projector = GradientProjector(memory, named_parameters(model))
-    assert projector.anchor is not None
+    anchor = projector.state()["anchor"].rows
     return {
         "sizes": [operator.size, operator.space.local_size],
         "solve": held,
         "q": memory.basis.untyped_storage().nbytes(),
-        "anchor": projector.anchor.untyped_storage().nbytes(),
+        "anchor": anchor.untyped_storage().nbytes(),
         "gathered": sum(t.untyped_storage().nbytes() for t in operator._network.theta),
         "products": pairs.products,
         "collectives": [pairs.collectives, len(seen.calls)],

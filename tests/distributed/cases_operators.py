@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nostalgia.curvature import GGNOperator, HessianOperator
 from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.forgetting import ForgettingPrediction
+from nostalgia.curvature.rows import GradientRows, captured_energy, eigenpairs_of_rows
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.lanczos import lanczos
@@ -49,6 +50,7 @@ def check_all() -> dict[str, Any]:
     return {
         "products": check_products(),
         "eigenpairs": check_eigenpairs(),
+        "rows": check_rows(),
         "float32": check_float32_eigenvalues(),
         "spectrum": check_spectrum(),
         "forgetting": check_forgetting(),
@@ -95,6 +97,31 @@ def check_products() -> dict[str, float]:
                 assert_same(before, fingerprint(model))
                 errors[f"{kind} {wrap} {type(operator).__name__} {operator.method}"] = error
     return errors
+
+
+def check_rows() -> dict[str, list[float]]:
+    """Eigenpairs from rows with all outputs: worst error of eigenvalues and residual; and the energy of random ones."""
+    found = {}
+    for kind in VARIABLES:
+        original = NETWORKS[kind]()
+        (data,) = batches(kind, (SAMPLES,))
+        matrix = Oracle(copy.deepcopy(original), list(in_scope(kind, original)), [data]).gauss_newton()
+        expected = torch.linalg.eigvalsh(matrix).flip(0)[:5]
+        for wrap in ("bare", "ddp", "fsdp2"):
+            model = wrapped(copy.deepcopy(original).train(), wrap)
+            before, scope = fingerprint(model), in_scope(kind, model)
+            pairs = eigenpairs_of_rows(GradientRows(model, forward_fn, share(kind, data), scope, draws=3), 5)
+            q = pairs.space.gather_flat(pairs.eigenvectors)
+            defect = float((q @ matrix - pairs.eigenvalues[:, None] * q).norm(dim=1).max() / expected[0])
+            drawn = GradientRows(model, forward_fn, share(kind, data), scope, draws=2, seed=5)
+            energy = captured_energy(drawn, pairs.eigenvectors)
+            assert_same(before, fingerprint(model))
+            found[f"{kind} {wrap}"] = [
+                float((pairs.eigenvalues - expected).abs().max() / expected[0]),
+                defect,
+                energy,
+            ]
+    return found
 
 
 def operators(kind: str, model: nn.Module, data: list[Batch]) -> Iterator[Any]:

@@ -15,12 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
+from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.projection import CurvatureMemory, GradientProjector
 from nostalgia.training.step import clip_gradients
 
 STEPS, COLUMNS, SAMPLES, MAX_NORM = 4, 4, 11, 0.5
-SHARES = {2: [0, 4, 11], 3: [0, 7, 7, 11]}  # unequal, and an empty one
+METRIC_EVERY = 3  # the first and the last step look at the metric
+SHARES = {1: [0, 11], 2: [0, 4, 11], 3: [0, 7, 7, 11]}  # unequal, and an empty one
 
 
 def network() -> nn.Module:
@@ -71,6 +73,7 @@ class Dense:
         self.parameters = list(in_scope(self.model).values())
         self.anchor = whole(self.parameters)
         gram = q @ q.T  # of the stored rows: not the identity where they are rounded
+        self.taken, self.inverse = 0, torch.empty(0)
         self.inside = q.T @ torch.linalg.inv(gram) @ q  # (P, P)
 
     def step(self) -> dict[str, Tensor]:
@@ -90,13 +93,16 @@ class Dense:
         self.optimizer.step()
         if self.project == "constrained":
             d0 = whole(self.parameters) - before
-            inverse = 1 / self.metric()
+            if self.taken % METRIC_EVERY == 0:
+                self.inverse = 1 / self.metric()
+            inverse = self.inverse
             system = self.q @ torch.diag(inverse) @ self.q.T
             d = d0 - inverse * (self.q.T @ torch.linalg.solve(system, self.q @ d0))
             self.write(before + d, self.parameters)
         if self.project == "displacement":
             moved = whole(self.parameters) - self.anchor
             self.write(self.anchor + moved - self.inside @ moved, self.parameters)
+        self.taken += 1
         moved = whole(self.parameters) - self.anchor
         leak = (self.inside @ moved).norm() / moved.norm()
         values = whole(self.model.parameters())
@@ -128,12 +134,14 @@ class Distributed:
         self.model = wrapped(network(), wrap)
         self.optimizer = make_optimizer(kind, self.model)
         self.parameters = in_scope(self.model)
-        self.projector, self.project = GradientProjector(memory, self.parameters), project
+        self.memory, self.project = memory, project
+        self.projector = GradientProjector(memory, self.parameters, METRIC_EVERY)
 
     def step(self) -> dict[str, Tensor]:
         low, high = SHARES[dist.get_world_size()][dist.get_rank() : dist.get_rank() + 2]
         inputs, labels = (t[low:high] if low < high else t[:1] for t in data())
         weight = dist.get_world_size() / SAMPLES if low < high else 0.0
+        self.renew_projector()
         self.optimizer.zero_grad()
         (F.cross_entropy(self.model(inputs), labels, reduction="sum") * weight).backward()
         fraction = self.projector.project_gradients()
@@ -147,6 +155,21 @@ class Distributed:
             "leak": torch.tensor(self.projector.leak(), dtype=torch.float64),
             "parameters": whole(self.model.parameters()),
         }
+
+    def renew_projector(self) -> None:
+        """Go on with another projector that takes up the state of this one, through the run's space as a checkpoint does."""
+        state, space = self.projector.state(), VectorSpace.of(self.parameters)
+
+        def restored(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: restored(item) for key, item in value.items()}
+            if isinstance(value, Block):
+                whole_rows = value.space.gather_flat(value.rows)
+                return Block(space.slice_flat(whole_rows), space)
+            return value
+
+        self.projector = GradientProjector(self.memory, self.parameters, METRIC_EVERY)
+        self.projector.load_state(restored(state))
 
 
 def check_all() -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from nostalgia.config import parse
 from nostalgia.config.checks import check_launch
-from nostalgia.experiment import program
+from nostalgia.experiment import deliverables, program
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from nostalgia.parallel.coordination import from_main
@@ -46,7 +46,7 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("ACCELERATE_USE_FSDP", "true" if fsdp else "false")
         patch.setattr(PhaseObserver, "step_taken", record_step)
-        patch.setattr(program, "draw_run", lambda *_: Drawn())  # takes longer than the run
+        patch.setattr(deliverables, "draw_run", lambda *_: Drawn())  # takes longer than the run
         request = parse([*WORDS, f"experiment.output_dir={folder}", *words])
         launch = launch_info()
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)

@@ -8,11 +8,12 @@ import pytest
 
 from nostalgia.curvature import HessianOperator
 from nostalgia.curvature.forgetting import ForgettingPrediction
+from nostalgia.curvature.rows import GradientRows, captured_energy, eigenpairs_of_rows
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.linalg.lanczos import lanczos
 from tests.distributed import cases_operators
 from tests.ranks import run_ranks
-from tests.unit.curvature.networks import batches, loss_fn, mlp
+from tests.unit.curvature.networks import batches, forward_fn, loss_fn, mlp
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -34,6 +35,20 @@ def test_eigenpairs_equal_the_dense_ones(outcome):
             assert difference <= 1e-8
             assert residual <= 1e-8
         assert result["eigenpairs"] == outcome[0]["eigenpairs"]
+
+
+def test_rows_give_the_dense_eigenpairs_and_the_same_energy_on_any_number_of_ranks(outcome):
+    data = batches("mlp", (11,))
+    model = mlp()
+    scope = dict(model.named_parameters())
+    basis = eigenpairs_of_rows(GradientRows(model, forward_fn, data, scope, draws=3), 5).eigenvectors
+    here = captured_energy(GradientRows(model, forward_fn, data, scope, draws=2, seed=5), basis)
+    for result in outcome:
+        assert len(result["rows"]) == 9
+        for what, (error, residual, energy) in result["rows"].items():
+            assert max(error, residual) <= 1e-10, what
+            if what.startswith("mlp"):
+                assert energy == pytest.approx(here, rel=1e-10), what
 
 
 def test_float32_eigenvalues_are_those_of_the_dense_matrix(outcome):

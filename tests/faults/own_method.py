@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +38,10 @@ class Counting(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.ends, self.start = state["steps"], list(state["ends"]), dict(state["start"])
+
+
+class Failing(Counting):
+    """A method with a mistake in a hook."""
+
+    def begin_task(self, task: TaskContext) -> None:
+        (Path(__file__).parent / "nowhere").read_text()

@@ -43,7 +43,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     tensors = {k: v for k, v in last.tensors().items() if not k.startswith("ranks/")}
     token = re.compile("_[0-9a-f]{8}(?=[.])")  # of a file's name, drawn anew in each run
     vectors = {
-        token.sub("", name): read_tensors(folder / name)["basis"].numpy().tobytes()
+        token.sub("", name): {key: t.numpy().tobytes() for key, t in read_tensors(folder / name).items()}
         for name in last.manifest["references"]
     }
     rows = list(csv.DictReader((folder / "metrics.csv").open()))

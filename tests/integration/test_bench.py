@@ -82,6 +82,21 @@ def test_projection(tmp_path: Path) -> None:
         assert row["limit_seconds"] > 0
 
 
+def test_step(tmp_path: Path) -> None:
+    words = ("--steps", "2", "--repeats", "1", "--batch-size", "4", "--threads", "1")
+    results = bench("step", tmp_path, *words)
+    assert results["commit"]
+    rows = {row["method"]: row for row in results["rows"]}
+    assert set(rows) == {"finetune", "nostalgia32", "nostalgia128", "kronecker", "kronecker+anchor"}
+    for row in rows.values():
+        ((ours, theirs),) = row["windows_ms"]
+        assert row["ratio"] == pytest.approx(ours / theirs)
+        assert all(row["parts_ms"][part] > 0 for part in ("loader", "passes", "clip", "optimizer", "step", "log"))
+    # What a method adds shows in its own part, and what the distillation adds in the passes.
+    assert rows["nostalgia128"]["parts_ms"]["gradients"] > 10 * rows["finetune"]["parts_ms"]["gradients"]
+    assert rows["kronecker+anchor"]["parts_ms"]["passes"] > rows["kronecker"]["parts_ms"]["passes"]
+
+
 def test_pipeline(tmp_path: Path) -> None:
     results = bench(
         "pipeline", tmp_path, "--num-images", "6", "--batch-size", "4", "--workers", "0,1", "--repeats", "1"
@@ -103,6 +118,8 @@ def test_pipeline(tmp_path: Path) -> None:
         ("solvers", ["--solvers", "arnoldi"], "arnoldi"),
         ("products", ["--num-samples", "99999"], "--num-samples 99999"),
         ("products", ["--device", "tpu"], "--device tpu"),
+        ("step", ["--network", "resnet50", "--lora"], "--lora with --network resnet50"),
+        ("step", ["--steps", "0"], "--steps 0"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(

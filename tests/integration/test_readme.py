@@ -1,4 +1,4 @@
-"""The README is true: every command in it runs, every example too, every error line it explains is the program's.
+"""README and docs/ are true: every command in them runs, every example too, every error line is the program's.
 
 A command runs as it stands, but for what its entry in COMMANDS changes to make it short. Those of the program itself
 run one after the other in one process, which saves most of the time; launch scripts start a stand-in for torchrun that
@@ -18,10 +18,13 @@ import pytest
 
 from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration.stubs import slurm, torchrun
+from tests.unit.test_imports import TIERS
 
 pytestmark = pytest.mark.timeout(900)  # half a minute on an idle machine; a busy one takes its time
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXT = "\n".join([README, *PAGES.values()])
 
 # Words that make a run of the program short.
 RUN = (
@@ -34,7 +37,7 @@ WHOLE = "logger.tensorboard=true nostalgia.predict_forgetting=true"  # every fil
 # The program in the driver below; the same, in the long tests only; a shell; a shell with stand-ins.
 HERE, LATER, SHELL, STUBS = "here", "later", "shell", "stubs"
 
-# Each command of the README: how it is run, and with what words after it, or after = what stands for it.
+# Each command of README and docs/: how it is run, and with what words after it, or after = what stands for it.
 COMMANDS: dict[str, tuple[str, str]] = {
     "make demo": (SHELL, "=make -n demo | grep launch/demo.sh"),
     "make test": (SHELL, "=make -n test | grep 'python -m pytest'"),
@@ -132,11 +135,11 @@ for command in json.load(sys.stdin):
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def commands() -> list[str]:
-    """Every line of the README's bash blocks, without its comment."""
+    """Every line of the bash blocks of README and docs/, without its comment."""
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -246,8 +249,7 @@ def test_every_suite_is_listed() -> None:
 
 
 def test_error_lines_are_the_program_s() -> None:
-    section = README.split("## When it ends with an error")[1].split("\n## ")[0]
-    fragments = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    fragments = re.findall(r"^\| `([^`]+)` \|", PAGES["troubleshooting.md"], re.MULTILINE)
     source = "\n".join(path.read_text() for path in (ROOT / "nostalgia").rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that go on in the next line
     assert len(fragments) > 10
@@ -255,13 +257,29 @@ def test_error_lines_are_the_program_s() -> None:
 
 
 def test_files_of_a_run_are_there(driven: dict[str, tuple[int, str]], place: Path) -> None:
-    """Each file that the README names is in the folder of a finished run."""
-    section = README.split("## What a run leaves")[1].split("With `A[t][u]`")[0]
+    """Each file that docs/runs.md names is in the folder of a finished run."""
+    section = PAGES["runs.md"].split("With `A[t][u]`")[0]
     names = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
     assert len(names) >= 10
     run = place / "runs" / "demo" / "latest"
     for name in names:
         assert list(run.glob(name.replace("<i>", "*"))), name
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_links_lead_to_files() -> None:
+    """Those of docs/ among themselves are checked by mkdocs; README's lead into the checkout."""
+    linked = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(linked) > 5
+    assert [name for name in linked if "://" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_layers_is_current() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", PAGES["architecture.md"], re.MULTILINE)
+    assert [(int(i), tuple(re.findall(r"`(\w+)`", names))) for i, names in rows] == list(enumerate(TIERS))
 
 
 def test_pictures_are_there() -> None:

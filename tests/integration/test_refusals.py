@@ -112,6 +112,10 @@ CASES: dict[str, tuple[Build, int, str]] = {
     "a configuration with code": (from_others, 2, "a tag (tag:yaml.org,2002:python"),
     "no such configuration": (lambda f: ["--config", str(f / "none.yaml")], 2, "no such file"),
     "contradictory": (lambda _: [*DIGITS, "nostalgia.k_max=3"], 2, "is below method.top_k"),
+    "an optimizer without a metric": (
+        lambda _: [*DIGITS, "train.optimizer=adafactor"], 2,
+        "train.optimizer=adafactor with method.project=constrained: its metric is not known; allowed are adamw, sgd, lion",
+    ),
     "another number of devices": (lambda _: [*DIGITS, "train.devices=3"], 2, "the launcher decides"),
     "missing data": (lambda tmp: ["dataset=cub200", *TINY], 3, "dataset cub200 was not found; tried"),
     "missing hub data": (lambda tmp: ["dataset=hf:user/none", *TINY], 3, "dataset none was not found"),
@@ -151,6 +155,21 @@ def test_is_refused(case: str, ranks: int, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "frame #" not in done.stderr  # nor one of C++
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mistake_in_a_method_of_the_users_is_named_and_ends_with_4(ranks: int, tmp_path: Path) -> None:
+    words = [
+        "dataset=digits",
+        *TINY,
+        "method=tests.faults.own_method:Failing",
+        f"experiment.output_dir={tmp_path / 'runs'}",
+    ]
+    done = run_train(["--quiet", *words], ranks, timeout=60)
+    assert done.codes == [4] * ranks, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "your own code failed at" in line
+    assert "own_method.py, line 47: FileNotFoundError" in line
 
 
 def test_the_launch_script_passes_the_code_on(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_every_configuration_file_is_in_the_wheel(installed: Path) -> None:
     assert {path.relative_to(folder) for path in folder.rglob("*.yaml")} == here
 
 
+def test_types_and_licence_travel_along(installed: Path) -> None:
+    assert (installed / "nostalgia" / "py.typed").is_file()
+    (licence,) = installed.glob("nostalgia-*.dist-info/licenses/LICENSE")
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()
+
+
 def test_the_command_returns_its_code(installed: Path, tmp_path: Path) -> None:
     command = installed / "bin" / "nostalgia-train"
     assert os.access(command, os.X_OK)

@@ -6,7 +6,7 @@ import torch
 
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.methods.nostalgia import Eigenspace, EigenspaceConfig
+from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 
 
 def test_a_full_memory_of_the_mean_says_how_many_directions_it_holds() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from accelerate import Accelerator
 
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
-from nostalgia.errors import UsageError
-from nostalgia.experiment.components import complete_method, load_tasks, task_loader
+from nostalgia.errors import NostalgiaError, UsageError
+from nostalgia.experiment.components import build_components, complete_method, load_tasks, task_loader
+from nostalgia.methods.loading import make_method
 
 
 def test_tasks_trained_together_keep_their_own_augmentation() -> None:
@@ -50,6 +53,56 @@ def test_options_that_a_method_does_not_allow_are_refused_in_one_line(words: lis
     assert "\n" not in str(caught.value)
 
 
+OWN = """
+from nostalgia.methods import Method
+
+class Fine(Method):
+    pass
+
+class Fails(Method):
+    def __init__(self, config, seed=0):
+        self.missing["x"]
+
+class Numbered(Method):
+    name = 5
+
+class Path(Method):
+    name = "a/b c"
+
+class Options(Method):
+    Config = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("import nowhere_at_all", "Fine", "own_one.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(:", "Fine", "own_one.py, line 1: SyntaxError: "),
+        ("raise SystemExit(7)", "Fine", "own_one.py, line 1: SystemExit: 7"),
+        (OWN, "Nope", "own_one.py has no Nope"),
+        (OWN, "Fails", "own_one.py, line 9: AttributeError: 'Fails' object has no attribute 'missing'"),
+        (OWN, "Numbered", "its name is 5; allowed are letters"),
+        (OWN, "Path", "its name is 'a/b c'; allowed are letters"),
+        (OWN, "Options", "its Config is 3; allowed is a dataclass"),
+        (OWN, "Fine", ""),
+    ],
+)
+def test_a_module_of_the_users_that_does_not_work_is_one_line(
+    text: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_one.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_one", raising=False)
+    if not message:
+        assert make_method(f"own_one:{name}", {}, 0).name == name
+        return
+    with pytest.raises(NostalgiaError) as caught:
+        make_method(f"own_one:{name}", {}, 0)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_options_of_a_method_come_from_its_class_the_suite_the_word_for_all_and_the_command_line() -> None:
     def options(*words: str) -> dict[str, object]:
         config = parse(["--suite", "demo", *words]).config
@@ -64,3 +117,14 @@ def test_options_of_a_method_come_from_its_class_the_suite_the_word_for_all_and_
     assert options("method=finetune", "nostalgia.top_k=7") == {"name": "finetune"}
     assert options("method=ewc")["strength"] == 100.0  # of the class
     assert options("method.name=ewc", "method.strength=3")["strength"] == 3.0
+
+
+def test_a_batch_norm_with_one_value_per_channel_is_refused_before_training() -> None:
+    words = ["dataset=digits", "model=resnet18", "dataset.image_size=32", "model.pretrained=false", "method=finetune"]
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(
+        UsageError, match=r"dataset.batch_size=1: a batch norm of .* single value per channel at 32 x 32"
+    ):
+        build_components(parse([*words, "dataset.batch_size=1"]).config, accelerator, "32")
+    for word in ("dataset.batch_size=2", "dataset.image_size=64", "model.norm_statistics=frozen"):
+        build_components(parse([*words, "dataset.batch_size=1", word]).config, accelerator, "32")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from accelerate import Accelerator
 
 from nostalgia.config import parse
+from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import build_components
+from nostalgia.experiment.resume import Resumed
 from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import RunState
+from nostalgia.methods import Method
 from nostalgia.models import norm_statistics
 
 RESNET = ["dataset=digits", "model=resnet18", "dataset.image_size=32", "model.pretrained=false"]
@@ -29,3 +33,82 @@ def test_stopped_while_an_earlier_task_is_evaluated_the_last_tasks_statistics_ar
         contents = snapshot.take("stopped", RunState(round=2, stage="evaluate"), None, {})
     for name, value in second.items():
         assert torch.equal(contents.tensors[f"ranks/0/norm/{name}"], value), name
+
+
+class Whole(Method):
+    """A method whose state is read whole, by ``dict``."""
+
+    name = "whole"
+
+    def state_dict(self):
+        return {"steps": 3, "start": torch.ones(2), "later": None}
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+class Ignoring(Whole):
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+class Missing(Whole):
+    def load_state_dict(self, state):
+        self.steps, self.rate = {**state}["steps"], state["rate"]
+
+
+class WithoutLoading(Whole):
+    load_state_dict = Method.load_state_dict
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [(Whole, ""), (Ignoring, "start"), (Missing, "rate"), (WithoutLoading, "steps, start")]
+)
+def test_what_a_method_does_not_take_up_of_its_state_is_refused_by_name(kind: type[Method], names: str) -> None:
+    words = ["dataset=digits", "model=vit_tiny", f"method=tests.unit.test_snapshot:{kind.__name__}"]
+    run = build_components(parse(words).config, Accelerator(cpu=True), "32")
+    analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
+    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    taken = snapshot.take("stopped", RunState(), None, {})
+    resumed = Resumed(Path(), source="a checkpoint", state=taken.state, values=taken.tensors)
+
+    def go_on() -> None:
+        snapshot.restore(resumed)
+        snapshot.check_method(resumed.source)
+
+    if not names:
+        go_on()
+        assert run.method.state["start"].tolist() == [1, 1]  # type: ignore[attr-defined]
+        return
+    with pytest.raises(NotFoundError, match=f"a checkpoint, method=.*{names}"):
+        go_on()
+
+
+VIT = ["dataset=digits", "model=vit_tiny", "model.use_lora=false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*VIT], ""),
+        ([*VIT, "model.config.hidden_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
+        ([*VIT, "model.config.attention_probs_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
+        ([*VIT, "model.use_lora=true", "model.lora.dropout=0.1"], "dropout is drawn by each rank anew"),
+        (RESNET, "batch norm in training is over each rank's own batch"),
+        ([*RESNET, "model.norm_statistics=frozen"], ""),
+    ],
+)
+def test_what_another_number_of_ranks_changes_is_said(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = build_components(parse([*words, "method=finetune"]).config, Accelerator(cpu=True), "32")
+    analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
+    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    taken = snapshot.take("stopped", RunState(), None, {})
+    own = {name: value for name, value in taken.tensors.items() if name.startswith("ranks/0")}
+    taken.tensors.update({name.replace("ranks/0", "ranks/1", 1): value for name, value in own.items()})
+    for ranks in (1, 2):
+        state = {**taken.state, "ranks": taken.state["ranks"] * ranks}
+        snapshot.restore(Resumed(Path(), source="a checkpoint", state=state, values=taken.tensors))
+        found = capsys.readouterr().out
+        assert found == "" if ranks == 1 or not said else f"was on 2 ranks, it goes on with 1: {said}" in found

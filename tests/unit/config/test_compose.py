@@ -63,7 +63,11 @@ def test_defaults_are_the_documented_ones() -> None:
         (["experiment.tasks=[a,b]", "experiment.num_tasks=3"], "names 2"),
         (["train.epochs_per_task=[1]"], "1 entries for 2 tasks"),
         (["model=resnet18", "nostalgia.project_params=lora-only"], "without adapters"),
-        (["train.lr=["], "input"),
+        (["train.lr=["], "cannot be read as KEY=VALUE"),
+        (["dataset.root=a,b"], "quoted twice, once for the shell: \"dataset.root='a, b'\""),
+        (["experiment.tasks=[./a:b:c,~]]"], "quoted twice"),
+        (["model.model_id=${nowhere}"], "'nowhere' not found"),
+        (["model=~/mine"], "model.model_id=NAME"),
         (["train.epochs"], "KEY=VALUE"),
         (["--config", "nowhere.yaml"], "no such file"),
     ],
@@ -73,6 +77,28 @@ def test_refusals_are_one_line(words: list[str], message: str) -> None:
         parse(words)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["~/data", "#1", "a=b", "a#b", "x~y", "~", "a b", "für mich", "日本", "(a)", "a]", "it's", 'say "x"', "a;b", "a&b", "!x",
+     "a\\b", "\\", "C:\\pics\\", "true", "007", "1_000", "1e3", "/mnt/a b/c#d=e ~f/ü", "'", "100%", "<>"],
+)  # fmt: skip
+def test_a_text_is_taken_as_it_is(value: str, tmp_path: Path) -> None:
+    """On the command line, within a list, and from the file of a run."""
+    config = parse([f"dataset.root={value}", f"dataset.entries.mine.path={value}"]).config
+    assert config.dataset.root == value
+    assert str(config.dataset.entries["mine"]["path"]) in (value, "True", "7", "1000", "1000.0")  # of any type
+    save(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]).config.dataset.root == value
+    again = parse(["--config", str(tmp_path / "config.yaml"), f"logger.name={value}"]).config
+    assert again.logger.name == value
+
+
+@pytest.mark.parametrize("value", ["~/data", "./a#b", "./a=b", "./a b", "./für", "~/x", "./a;b", "hf:user/name"])
+def test_a_text_in_a_list_or_a_mapping_is_taken_as_it_is(value: str) -> None:
+    words = [f"experiment.tasks=[digits, {value},{{dataset: {value}, classes: [0, 1]}}]"]
+    assert parse(words).config.experiment.tasks == ["digits", value, {"dataset": value, "classes": [0, 1]}]
 
 
 def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nostalgia.data.sources import load_source
+from nostalgia.data.tasks import build_tasks, data_notes, expand_specs
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
 from tests.unit.data.trees import write_class, write_tree
 
@@ -154,3 +155,25 @@ def test_a_name_that_is_a_path_to_nowhere(name: str) -> None:
 def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "a file, not a folder" in refusal(tmp_path / "file", UsageError)
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "mine", ["a", "b"])
+    assert load_source(str(root)).notes == ()
+    write_class(root / "test" / "a", 0, 2)
+    (root / "train" / "a" / "list.txt").write_text("")
+    (root / "train" / "b" / "deep").mkdir()
+    (root / "train" / "b" / "deep" / "more.TXT").write_text("")
+    (root / "train" / ".DS_Store").write_text("")
+    (root / "train" / "loose.png").write_text("")
+    (root / "val" / "b" / "noending").write_text("")
+    train, other, val = load_source(str(root)).notes
+    assert train == (
+        f"left out of {root}/train: 4 files that are no images of a class (1 .png, 2 .txt, 1 hidden; the first is .DS_Store)"
+    )
+    assert other == f"left out of {root}: the split folder test"
+    assert val == (
+        f"left out of {root}/val: 1 files that are no images of a class (1 without an ending; the first is b/noending)"
+    )
+    tasks = build_tasks(expand_specs([str(root), str(root)], ""), load_source, 0)
+    assert data_notes(tasks) == [f"mine: {note}" for note in (train, other, val)]

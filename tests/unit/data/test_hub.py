@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -232,6 +233,48 @@ def test_labels_out_of_range(tmp_path: Path) -> None:
     unlabelled = table(range(4), digits=(0,), more={"y": (datasets.ClassLabel(names=NAMES), lambda _: -1)})
     repo = repository(tmp_path / "repo", train=unlabelled)
     assert "label -1" in refusal(repo, NotFoundError, label_column="y")
+
+
+@pytest.mark.parametrize("labels", [datasets.ClassLabel(names=NAMES), datasets.Value("int64")])
+def test_a_split_without_labels_names_its_remedy_which_helps(tmp_path: Path, labels: Any) -> None:
+    train, plain = table(range(4), labels=labels), table(range(4, 6), labels=labels)
+    none = plain.map(lambda row: {"label": -1}, features=plain.features)
+    repo = repository(tmp_path / "repo", train=train, test=none)
+    line = refusal(repo, NotFoundError)
+    assert "row 0: label -1 in column 'label': a split without labels" in line
+    assert "train_split alone" in line
+    found = load_source("mine", entries={"mine": {"hub_id": str(repo), "train_split": "train"}})
+    assert (len(found.train), len(found.val)) == (9, 3)
+
+
+def test_a_cache_that_cannot_be_written_is_not_called_a_damaged_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = repository(tmp_path / "repo", train=table(range(4)))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+
+    def line_of() -> str:
+        with pytest.raises(NotFoundError) as caught:
+            load_source(str(repo))
+        return str(caught.value)
+
+    line = line_of()
+    assert f"the cache {tmp_path}/file/cache cannot be written ({tmp_path}/file is no folder)" in line
+    assert "set HF_DATASETS_CACHE to another folder" in line
+    assert "broken" not in line
+
+    def full(*_: Any, **__: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    assert "cannot be written (No space left on device: somewhere)" in line_of()
+    with pytest.raises(NotFoundError, match="cannot be written"):  # as one of the hub
+        load_source("mine", entries={"mine": {"hub_id": str(repo)}}, download=False)
 
 
 def test_columns_that_do_not_say_enough(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 
 import pytest
@@ -326,6 +327,28 @@ def test_resuming_is_not_having_stopped(name, dtype):
         assert torch.equal(rest.eigenvalues, whole.eigenvalues)
         assert torch.equal(rest.eigenvectors, whole.eigenvectors)
         assert torch.equal(rest.residuals, whole.residuals)
+
+
+def test_a_resumed_solve_reports_the_cost_of_all_its_parts():
+    class Slow(DenseOperator):
+        def matvec(self, v):
+            time.sleep(2e-3)
+            self.space.traffic.large += 1
+            self.space.traffic.bytes += 8
+            return super().matvec(v)
+
+    matrix = make(SPIKED)[0]
+    operator = Slow(matrix, VectorSpace.of(shapes_of(len(matrix)), dtype=torch.float64))
+    states = []
+    whole = lanczos(operator, 4, callback=lambda p: states.append(p.state.clone()))
+    rest = lanczos(operator, 4, state=states[len(states) // 2])
+    assert (rest.products, rest.collectives, rest.bytes_moved) == (
+        whole.products,
+        whole.collectives,
+        whole.bytes_moved,
+    )
+    assert rest.collectives >= rest.products
+    assert rest.seconds > 2e-3 * rest.products
 
 
 def test_vectors_held_are_bounded():

@@ -85,7 +85,7 @@ class Sequence2:
             space=self.space,
             objective=Objective(),
             accelerator=self.accelerator,
-            curvature=CurvatureOptions(num_samples=12, batch_size=5, tol=1e-6),
+            curvature=CurvatureOptions(num_samples=12, batch_size=5, tol=1e-6, last_task=True),
             seed=0,
             head=head,
             image_bytes=3 * SIDE**2,

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nostalgia.errors import UsageError
-from nostalgia.models import attach_lora, build_backbone, has_adapters, scope_parameters
+from nostalgia.models import Backbone, attach_lora, build_backbone, has_adapters, scope_parameters
 from nostalgia.models.adapters import merged, resolve_targets, without_adapters
 from tests.unit.models.tiny import CONFIGS, images, resnet18, scratch, shake
 
@@ -168,3 +168,72 @@ def test_merging_and_taking_off_leave_the_original_alone(make):
     assert list(together.state_dict()) == list(original.state_dict())
     assert not has_adapters(together)
     assert adapted(backbone)
+
+
+MOBILE = {
+    "mobilenet_v1": {"depth_multiplier": 0.25, "min_depth": 4, "image_size": 32},
+    "mobilenet_v2": {"depth_multiplier": 0.25, "min_depth": 4, "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", MOBILE)
+def test_networks_that_read_their_layers_attributes_bear_adapters(kind):
+    backbone = build_backbone(
+        framework="hf", pretrained=False, config={"model_type": kind, **MOBILE[kind]}, image_size=32
+    )
+    backbone.double().train()  # batch norms by the batch: random features do not vanish
+    x = images(backbone, batch=8).double()
+    with torch.no_grad():
+        before = backbone(x)
+    attach_lora(backbone, r=2, alpha=4)
+    backbone.double()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(x), before)
+    shake(backbone)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(backbone)(x), backbone(x))
+        assert float((backbone(x) - before).abs().max()) > 1e-2
+
+
+class Reading(torch.nn.Module):
+    """A network that reads of one of its layers what no adapter has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 4, 8), torch.nn.Conv2d(4, 4, 1)
+        self.second.own = 2.0
+        self.last = torch.nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x)) * self.second.own).flatten(1)
+
+
+def reading():
+    model, half = Reading(), (0.5,) * 3
+    return Backbone(model, lambda y: y, image_size=8, mean=half, std=half, framework="torchvision", source="a network")
+
+
+def test_a_layer_that_does_not_bear_an_adapter_is_left_out_and_said_so_or_refused_by_name(caplog):
+    backbone = reading()
+    attach_lora(backbone, r=1, alpha=1)
+    assert adapted(backbone) == ["last"]
+    assert "a network: no adapter on second, with which the network does not run" in caplog.text
+    assert backbone(images(backbone)).shape == (2, 5)
+    assert set(backbone.lora.target_modules) == {"last"}
+    with pytest.raises(UsageError, match="a network does not run with an adapter on second; leave it out"):
+        attach_lora(reading(), r=1, alpha=1, target_modules=["second", "last"])
+
+
+def test_the_probe_leaves_nothing_in_a_networks_caches():
+    config = {
+        "model_type": "levit", "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]],
+    }  # fmt: skip
+    backbone = build_backbone(framework="hf", pretrained=False, config=config, image_size=64)
+    attach_lora(backbone, r=2, alpha=4)
+    caches = [m.attention_bias_cache for m in backbone.modules() if hasattr(m, "attention_bias_cache")]
+    assert caches
+    assert not any(caches)
+    x = images(backbone)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(backbone)(x), backbone(x))

@@ -1,4 +1,4 @@
-"""Kronecker factors of finished tasks, one safetensors file a task, beside the eigenvectors."""
+"""Eigenvectors and Kronecker factors of finished tasks, in safetensors files beside the run's checkpoints."""
 
 from __future__ import annotations
 
@@ -12,15 +12,42 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.codec import SavedFile
 from nostalgia.checkpoint.files import checksum
 from nostalgia.curvature.kronecker import KroneckerFactors, LayerFactors
 from nostalgia.data.tasks import Task
 from nostalgia.experiment.components import Components
+from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.parallel import tensors
 from nostalgia.reporting.files import write_atomic
 
 META = "nostalgia"
+
+
+class SavedBases(Mapping[str, Tensor]):
+    """Eigenvectors (k, P_local) of finished tasks by name, read from their files when asked for.
+
+    Collective: all ranks ask alike. Nothing is kept: a task's basis has the size of k networks.
+    """
+
+    def __init__(self, run: Components, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.files: dict[str, SavedFile] = {}
+
+    def save(self, task: Task, pairs: Eigenpairs) -> Path:
+        name = f"curvature/task{task.index}.safetensors"
+        self.files[task.name] = SavedFile(name, save_block(self.folder / name, pairs.eigenvectors, pairs.space))
+        return self.folder / name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return load_block(self.folder / self.files[name].name, self.run.space).to(self.run.space.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 class SavedFactors(Mapping[str, KroneckerFactors]):

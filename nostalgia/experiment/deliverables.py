@@ -1,0 +1,35 @@
+"""What a finished run leaves: results, figures, the exported model and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nostalgia.experiment.components import Components
+from nostalgia.experiment.exporting import EXPORT, export_run
+from nostalgia.reporting.console import print_final
+from nostalgia.reporting.drawing import draw_run
+from nostalgia.reporting.report import write_report
+from nostalgia.reporting.results import RunResults, write_results
+from nostalgia.reporting.run_folder import read_run
+from nostalgia.reporting.run_log import RunLog
+
+
+def write_deliverables(
+    folder: Path, run: Components, results: RunResults, command: Sequence[str], console: Console, log: RunLog
+) -> None:
+    """Write them into the run's ``folder`` and show the results; on rank 0."""
+    paths = write_results(folder / "results", results)
+    if run.config.experiment.export:
+        paths[EXPORT] = export_run(folder, run, results, command)
+    skipped: tuple[str, ...] = ()
+    if run.config.logger.report:
+        drawn = draw_run(read_run(folder), folder / "results" / "figures")
+        log.figures(drawn.made)
+        skipped = tuple(drawn.skipped)
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+    print_final(console, results, paths)
+    if skipped:  # `plot_all` says why of each
+        console.print(f"nothing to draw for  {', '.join(skipped)}", highlight=False)

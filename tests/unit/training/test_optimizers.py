@@ -1,0 +1,70 @@
+"""Every optimizer that a run can choose: made with its own options, refused where it cannot work, Lion's formula."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adafactor, AdamW
+
+from nostalgia.config.schema import TrainConfig
+from nostalgia.errors import UsageError
+from nostalgia.training.loop import Optimization
+from nostalgia.training.optimizers import OPTIMIZERS, Lion, check_optimizer, make_optimizer
+
+
+def test_the_configuration_offers_those_that_are_made() -> None:
+    (choices,) = (item.metadata["choices"] for item in fields(TrainConfig) if item.name == "optimizer")
+    assert set(choices) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("adamw", AdamW, {"betas": (0.8, 0.95)}),
+        ("sgd", SGD, {"momentum": 0.7}),
+        ("lion", Lion, {"betas": (0.8, 0.95)}),
+        ("adafactor", Adafactor, {}),
+    ],
+)
+def test_each_is_made_with_its_options_over_what_is_trained(name: str, kind: type, expected: dict) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    options = Optimization(epochs=1, lr=0.01, weight_decay=0.02, betas=(0.8, 0.95), momentum=0.7)
+    optimizer = make_optimizer(model, name, vars(options))
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert group["params"] == list(model[1].parameters())
+    assert {key: group[key] for key in ("lr", "weight_decay", *expected)} == {
+        "lr": 0.01, "weight_decay": 0.02, **expected
+    }  # fmt: skip
+    model(torch.ones(2, 3)).square().sum().backward()
+    before = model[1].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model[1].weight, before)
+
+
+def test_lion_is_its_formula() -> None:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = Lion([parameter], lr=0.1, betas=(0.9, 0.99), weight_decay=0.3)
+    theta, m = parameter.detach().clone(), torch.zeros(5, dtype=torch.float64)
+    for _ in range(4):
+        g = torch.randn(5, dtype=torch.float64)
+        parameter.grad = g.clone()
+        optimizer.step()
+        theta = (1 - 0.1 * 0.3) * theta - 0.1 * (0.9 * m + 0.1 * g).sign()
+        m = 0.99 * m + 0.01 * g
+        torch.testing.assert_close(parameter.detach(), theta, rtol=0, atol=1e-14)
+
+
+def test_those_without_a_metric_and_without_shards_are_refused() -> None:
+    for name in ("adamw", "sgd", "lion"):
+        check_optimizer(name, needs_metric=True, sharded=True)
+    check_optimizer("adafactor")
+    with pytest.raises(UsageError, match="its metric is not known; allowed are adamw, sgd, lion"):
+        check_optimizer("adafactor", needs_metric=True)
+    with pytest.raises(UsageError, match="with FSDP2: it needs whole matrices; allowed are adamw, sgd, lion"):
+        check_optimizer("adafactor", sharded=True)
