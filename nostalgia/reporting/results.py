@@ -169,7 +169,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "memory_bytes": ("a whole number or null", lambda v: v is None or _is_whole(v)),
     "overhead_seconds": (
         "a mapping of numbers or null",
-        lambda v: v is None or isinstance(v, dict) and all(map(is_number, v.values())),
+        lambda v: v is None or (isinstance(v, dict) and all(map(is_number, v.values()))),
     ),
 }
 _ROWS = ("before_accuracies", "baseline_accuracies")

@@ -21,7 +21,8 @@ NAME = "report.html"
 def write_report(folders: Sequence[Path], out: Path | None = None, select_seeds: Sequence[int] = ()) -> Path:
     """Write the report of the runs in ``folders``; returns its path.
 
-    ``select_seeds``: those that strengths were chosen on, where methods were run at several. ``out`` defaults to results/report.html of a single run, and to report.html in the working folder for several.
+    ``select_seeds``: those that strengths were chosen on, where methods were run at several. ``out`` defaults to
+    results/report.html of a single run, and to report.html in the working folder for several.
     Raises NotFoundError for a folder that is not there or holds nothing of a run, UsageError where ``out`` cannot be
     written.
     """

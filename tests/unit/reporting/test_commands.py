@@ -136,8 +136,8 @@ def test_compare_prints_one_table_and_the_paths(tmp_path: Path) -> None:
     )
     text = stream.getvalue()
     words = [line.split() for line in text.splitlines()]
-    assert ["nostalgia", "0", "0.717", "-0.200", "0.225", "0.850", "0.100", "60.0"] in words
-    assert ["finetune", "0", "0.417", "-0.200", "0.225", "0.550", "0.100", "60.0"] in words
+    assert ["nostalgia", "0", "0.717", "-", "-0.200", "0.225", "0.850", "0.100", "60.0", "-", "-"] in words
+    assert ["finetune", "0", "0.417", "-", "-0.200", "0.225", "0.550", "0.100", "60.0", "-", "-"] in words
     assert ["figures", str(nostalgia / "results" / "figures")] in words
     assert (tmp_path / "figs" / "average_accuracy.png").exists()
     assert "note:" not in text
