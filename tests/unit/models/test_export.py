@@ -91,7 +91,7 @@ def test_adapters_on_a_torchvision_backbone(tmp_path):
     x = images(backbone)
     with torch.no_grad():
         torch.testing.assert_close(model(x), backbone(x), rtol=0, atol=1e-6)
-        torch.testing.assert_close(merged(x), backbone(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merged(x), backbone(x), rtol=1e-4, atol=1e-4)
 
 
 def test_heads_classes_and_statistics_come_back(tmp_path):
