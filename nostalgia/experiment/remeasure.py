@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from nostalgia.data.folders import class_folders
 from nostalgia.data.images import Subset
 from nostalgia.data.stream import View
+from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluation.per_class import evaluate_classes
 from nostalgia.experiment.components import load_tasks, task_loader, task_specs
@@ -26,7 +27,6 @@ from nostalgia.reporting.results import read_results
 from nostalgia.reporting.streams import make_console
 
 if TYPE_CHECKING:
-    from nostalgia.data.tasks import Task
     from nostalgia.evaluate import EvaluationRequest
 
 Classes = dict[str, list[str]]  # what the outputs of each task's head stand for

@@ -28,7 +28,7 @@ def show(*words: str) -> None:
 def test_everything_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     show(f"experiment.output_dir={tmp_path / 'runs'}", "train.epochs=3")
     shown = capsys.readouterr().out
-    assert "at most 384 directions of 69,056 numbers" in shown  # what the basis takes
+    assert "at most 48 directions of 69,056 numbers" in shown  # what the basis takes
     assert "task3_digits  found  1,438  359  10 outputs  45 x 3 = 135" in shown
     assert not (tmp_path / "runs").exists()
 
@@ -44,7 +44,7 @@ def test_all_tasks_are_listed_where_some_are_missing(capsys: pytest.CaptureFixtu
     assert f"unpack CUB_200_2011.tgz of data.caltech.edu/records/65de6-vp158 under {tmp_path}" in shown
     assert "it goes on with the head of task4_mnist" in shown
     assert "a dry run makes none; the run itself would try" in shown
-    assert "at most 512 directions of 69,056 numbers" in shown  # of all tasks, k_max = 4 x 128
+    assert "at most 64 directions of 69,056 numbers" in shown  # of all tasks, k_max = 4 x 128
     assert list(tmp_path.iterdir()) == []
 
 

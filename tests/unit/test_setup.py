@@ -110,7 +110,7 @@ def test_options_of_a_method_come_from_its_class_the_suite_the_word_for_all_and_
         assert config.methods == {}
         return config.method
 
-    assert options()["top_k"] == 128  # of the suite
+    assert options()["top_k"] == 16  # of the suite
     assert options("nostalgia.top_k=7")["top_k"] == 7
     assert options("methods.nostalgia.top_k=6")["top_k"] == 6
     assert options("nostalgia.top_k=7", "method.top_k=9")["top_k"] == 9
