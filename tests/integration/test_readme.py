@@ -70,7 +70,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2": (
         STUBS, "train.accelerator=cpu experiment.name=stub --seeds 0",
     ),
-    "python -m nostalgia.sweep --suite demo --methods nostalgia,finetune --seeds 0,1,2,3,4,5": (
+    "python -m nostalgia.sweep --suite demo --methods kronecker,finetune --seeds 0,1,2": (
         STUBS, "train.accelerator=cpu experiment.name=stub --seeds 0",
     ),
     "python -m nostalgia.train --resume runs/demo/latest": (HERE, ""),
