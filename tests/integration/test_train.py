@@ -48,10 +48,12 @@ def test_a_run_leaves_its_files(runs: dict[int, Path]) -> None:
     assert found["world_size"] == 2
     assert found["fwt"] is not None
     for name in ("config.yaml", "metrics.csv", "memory.csv", "tensorboard", "curvature/task1.json",
-                 "curvature/task3.safetensors", "results/per_task_acc.json", "results/accuracy_matrix.csv",
+                 "curvature/task2.safetensors", "curvature/task2_factors.safetensors",
+                 "results/per_task_acc.json", "results/accuracy_matrix.csv",
                  "results/figures/accuracy_matrix.png", "results/figures/spectrum.png", "results/report.html",
                  "results/figures/importance.png", "results/figures/forgetting_prediction.png"):  # fmt: skip
         assert (folder / name).exists(), name
+    assert not list((folder / "curvature").glob("task3*"))  # of the last task only on request: no later one uses it
 
 
 def test_two_processes_are_one(runs: dict[int, Path]) -> None:
