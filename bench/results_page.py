@@ -9,7 +9,6 @@ importing the libraries takes; what is complete is skipped, so that the line can
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import recompute
+from bench.forks import run_missing
 from nostalgia import sweep
-from nostalgia.sweep_runner import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -55,42 +54,6 @@ def command(seeds: str, runs: Path) -> list[str]:
     grids = ",".join(f"{name}={','.join(f'{v:g}' for v in grid)}" for name, grid in STRENGTHS.items() if grid)
     out = f"experiment.output_dir={runs}"
     return [*WORDS, "--methods", ",".join(STRENGTHS), "--strengths", grids, "--seeds", seeds, out]
-
-
-def run_missing(jobs: Sequence[Job], at_a_time: int) -> None:
-    """Run what is not complete, ``at_a_time`` forks at once; what fails is told in its log, and by the sweep after it."""
-    under_way = 0
-    for job in jobs:
-        if job.complete:
-            continue
-        if under_way == at_a_time:
-            os.wait()
-            under_way -= 1
-        if os.fork() == 0:
-            _run(job)
-        under_way += 1
-        print(job.name, flush=True)
-    for _ in range(under_way):
-        os.wait()
-
-
-def _run(job: Job) -> None:
-    """In a fork: the run, its output in the job's log; ends the process."""
-    code = 1
-    try:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        import torch
-
-        from nostalgia import train
-
-        torch.set_num_threads(1)
-        code = train.main([*job.words, "--run-dir", str(job.folder), "--resume", "auto"])
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def write_page(runs: Path, words: Sequence[str]) -> None:
@@ -151,9 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     record(options.runs, words)
     planned = sweep.plan(sweep.read_options(words))
-    import nostalgia.experiment.program  # noqa: F401  before the forks, which then have it
-
-    gc.freeze()  # a collection in a fork need not walk the libraries
     run_missing([cell.job for cell in planned], options.jobs)
     code = sweep.main(words)  # runs again what failed, and writes the table
     if code:

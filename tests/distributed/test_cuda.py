@@ -1,24 +1,51 @@
-"""Two gloo ranks that share one card: what the other tests hold on the CPU, on CUDA tensors."""
+"""What the other tests hold on the CPU, on CUDA tensors: one process, and two gloo ranks that share one card."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import cases_device
-from tests.ranks import run_ranks
+from tests.faults.soak import Soak
+from tests.faults.test_methods import METHODS, SHORT
+from tests.ranks import run_ranks, run_train
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
+ONE_CARD = {
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "ACCELERATE_USE_CPU": "false",
+}
 
 
 def test_two_ranks_on_one_card_equal_the_dense_matrices_of_the_cpu() -> None:
-    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-    for errors in run_ranks(cases_device.check_all, 2, environment=one, device="cuda"):
+    for errors in run_ranks(cases_device.check_all, 2, environment=ONE_CARD, device="cuda"):
         assert len(errors) == 3 * 2 * 4 + 2 * 3
         for what, error in errors.items():
             assert error <= (1e-8 if "eigenvalues" in what else 1e-10), what
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["kronecker", "nostalgia", "gpm", "er"])
+def test_each_method_runs_in_bf16(tmp_path: Path, name: str) -> None:
+    words = ["--suite", "demo", f"method={name}", *METHODS[name], *SHORT, "train.max_steps_per_epoch=4", "--quiet"]
+    words += ["train.accelerator=gpu", "train.precision=bf16", "curvature.num_samples=32", "nostalgia.top_k=4"]
+    done = run_train([*words, "--run-dir", str(tmp_path / "run")], environment=ONE_CARD)
+    assert done.codes == [0], done.stderr
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["kronecker", "nostalgia"])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, way: str, name: str) -> None:
+    words = [f"method={name}", *METHODS[name], *SHORT, "train.accelerator=gpu", "experiment.deterministic=true"]
+    soak = Soak(tmp_path, way, seed=1, words=words, environment=ONE_CARD)
+    soak.most_events = 120
+    soak.kills(1)
+    assert not soak.problems

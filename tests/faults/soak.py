@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,22 @@ WAYS = {"single": (1, False), "ddp": (2, False), "fsdp2": (2, True)}
 class Soak:
     """Breaks one way to run in a folder of its own."""
 
-    def __init__(self, folder: Path, way: str, seed: int, words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, way: str, seed: int, words: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder, self.way, self.draw = folder, way, random.Random(f"{seed} {way}")
         self.world_size, self.fsdp = WAYS[way]
         self.words = (*runs.SMALL, f"dataset.batch_size={32 // self.world_size}", *words)
+        self.environment = {**(environment or {}), **({"ACCELERATE_USE_FSDP": "true"} if self.fsdp else {})}
         self.problems: list[str] = []
         self.most_events = 600
         self.which: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def launch(self, run_dir: Path, kill: tuple[int, int] | None = None) -> Ranks:
         words = [*self.words, "--run-dir", str(run_dir), "--resume", "auto"]
-        fsdp = {"ACCELERATE_USE_FSDP": "true"} if self.fsdp else {}
-        return Ranks(runs.disturbed, words, kill, world_size=self.world_size, folder=self.folder, environment=fsdp)
+        return Ranks(
+            runs.disturbed, words, kill, world_size=self.world_size, folder=self.folder, environment=self.environment
+        )
 
     def log(self) -> str:
         return (self.folder / "stdout").read_text() + (self.folder / "stderr").read_text()

@@ -37,10 +37,11 @@ def main() -> None:
     (notes / f"{attempt}-{rank}.tmp").replace(notes / f"{attempt}-{rank}.json")
     plan = os.environ.get("FAKE_DOES", "done").split(",")
     what = plan[min(attempt, len(plan) - 1)]
-    if what.startswith("leave-"):
-        # Not before all have begun: one that begins later would find the code and end at once.
+    if what.startswith(("leave-", "die")):
+        # Not before all have begun: one that begins later would find the code and end at once, or be ended unnoted.
         while len(list(notes.glob(f"{attempt}-*.json"))) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.1)
+    if what.startswith("leave-"):
         leave(int(what.removeprefix("leave-")))
     if what == "die" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
