@@ -108,13 +108,16 @@ def all_stages(device: str, small: bool, out: Path) -> list[Stage]:
             "dataset.batch_size=64",
         ]
     )
+    # gloo, which two ranks on one card need, has no FSDP2 on CUDA tensors.
+    apart = device == "cpu" or torch.cuda.device_count() > 1
+    fsdp = [("fsdp", [*two, *demo], {"ACCELERATE_USE_FSDP": "true"})] if apart else []
     runs = [
         Stage(
             f"{name}-{method}", [*words, f"method={method}", f"experiment.output_dir={out / f'{name}-{method}'}"], env
         )
         for name, words, env in (
             ("ddp", [*two, *demo], ONE_CARD),
-            ("fsdp", [*two, *demo], {**ONE_CARD, "ACCELERATE_USE_FSDP": "true"}),
+            *fsdp,
             ("real", [*python, "nostalgia.train", *real], {}),
         )
         for method in ("nostalgia", "kronecker", "finetune")
@@ -128,13 +131,21 @@ def all_stages(device: str, small: bool, out: Path) -> list[Stage]:
             "--model vit_b16 --num-samples 64",
             "--model vit_tiny --num-samples 8 --repeats 1 --methods hessian --precisions float32",
         ),
+        *(
+            bench(
+                f"step-{network}-{part}",
+                f"--network {network} --{part} --precision bf16 --batch-size 32 --steps 5",
+                SMALL_STEP,
+            )
+            for network, part in (("vit_s", "lora"), ("vit_b", "lora"), ("vit_b", "whole"), ("resnet50", "whole"))
+        ),
         bench("projection", "--model vit_b16 --k 64", "--parameters 1000 --k 4 --repeats 1"),
         bench("pipeline", "--num-images 2048", "--num-images 16 --image-size 32 --workers 0 --repeats 1"),
         *runs,
     ]
 
 
-SMALL_PRODUCTS = "--model vit_tiny --num-samples 8 --repeats 1 --methods hessian --precisions float32"
+SMALL_STEP = "--network vit_tiny --batch-size 2 --steps 1 --repeats 1 --methods finetune,kronecker"
 SMALL_RUN = ["train.epochs=1", "train.max_steps_per_epoch=2", "train.max_eval_batches=1", "experiment.export=false"]
 ONE_CARD = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 

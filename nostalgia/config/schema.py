@@ -229,7 +229,7 @@ class TrainConfig:
     label_smoothing: float = option(0.0, low=0, high=0.99)
     precision: str = option(
         "auto",
-        "64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: 16-bit on a GPU, 32 on CPU.",
+        "64, 32, tf32, bf16, 16 (with a gradient scaler), or auto: bf16 on a GPU that has it, else 16; 32 on CPU.",
         choices=("auto", "64", "32", "tf32", "bf16", "16"),
     )
     accelerator: str = option("auto", choices=("auto", "cpu", "gpu"), free=True)

@@ -68,12 +68,19 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
 
     ``precision``: ``64``, ``32``, ``tf32`` (float32 with TF32 matrix products), ``bf16`` or ``16`` (float16 with a
     gradient scaler). Gradients are averaged over ranks by DDP or FSDP2; accumulation is the training step's own.
+    Raises UsageError for FSDP2 ranks that share a GPU.
     """
     cpu = launch.device_type == "cpu"
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     set_float32_products(tf32=precision == "tf32")
+    shared_card = not cpu and _ranks_share_a_card()
+    if shared_card and launch.fsdp:
+        raise UsageError(
+            f"FSDP with {os.environ['LOCAL_WORLD_SIZE']} processes on {torch.cuda.device_count()} GPUs: needs a GPU for each "
+            "(gloo, which serves processes that share one, crashes under FSDP); start fewer, or use launch/ddp.sh"
+        )
     plugin = _fsdp_plugin(precision) if launch.fsdp else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
@@ -82,10 +89,13 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
             mixed_precision=MIXED_PRECISION[precision],
             fsdp_plugin=plugin,
             kwargs_handlers=[
-                _process_group(timedelta(minutes=timeout_minutes), shared_card=not cpu and _ranks_share_a_card()),
+                _process_group(timedelta(minutes=timeout_minutes), shared_card),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
+    if shared_card:
+        # Accelerate gives DDP the local rank as the card's number, also where it put several ranks on one card.
+        PartialState._shared_state["local_process_index"] = accelerator.device.index
     if plugin is not None and cpu:
         enable_fsdp_on_cpu(plugin)
     return accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,14 @@ from tests.distributed.cases_operators import SAMPLES, compare, in_scope, share
 from tests.unit.curvature.networks import NETWORKS, Oracle, batches, forward_fn, loss_fn, relative
 
 
-def check_all(device: str) -> dict[str, float]:
+def check_all(device: str, wraps: Sequence[str] = ("ddp", "fsdp2")) -> dict[str, float]:
     """Errors relative to the dense matrices of one process on the CPU, in float64; the largest leak last."""
     errors = {}
     for kind in ("mlp", "resnet", "vit_lora"):
         original = NETWORKS[kind]()
         (data,) = batches(kind, (SAMPLES,))
         oracle = Oracle(copy.deepcopy(original), list(in_scope(kind, original)), [data])
-        for wrap in ("ddp", "fsdp2"):
+        for wrap in wraps:
             model = copy.deepcopy(original).to(device)
             if wrap == "fsdp2":
                 shard(model, device)
