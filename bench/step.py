@@ -56,14 +56,14 @@ columns:
                 step), step (what a method adds to it: the constrained step), log
 
 Both begin as a run's second task: nostalgia holds m orthonormal directions, kronecker factors of 8 images, one draw each.
-`kronecker` is the penalty alone; `kronecker+anchor` has the distillation as well, a forward pass more, its default.
+`kronecker` is the penalty alone, its default; `kronecker+anchor` has the distillation as well, a forward pass more.
 """
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune": ("finetune", {}),
     "nostalgia32": ("nostalgia", {"top_k": 32}),
     "nostalgia128": ("nostalgia", {"top_k": 128}),
-    "kronecker": ("kronecker", {"anchor": 0.0, "num_samples": 8, "draws": 1}),
-    "kronecker+anchor": ("kronecker", {"num_samples": 8, "draws": 1}),
+    "kronecker": ("kronecker", {"num_samples": 8, "draws": 1}),
+    "kronecker+anchor": ("kronecker", {"anchor": 1.0, "num_samples": 8, "draws": 1}),
 }
 NETWORKS = {"vit_tiny": "vit_tiny", "vit_s": "vit_s16", "vit_b": "vit_b16", "resnet50": "resnet50"}
 PARTS = ("loader", "passes", "gradients", "clip", "optimizer", "step", "log")
