@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs gpu clean
+.PHONY: demo test lint docs gpu results clean
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
@@ -35,6 +35,9 @@ docs: $(VENV)/.installed-docs
 
 gpu: $(VENV)/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.gpu
+
+results: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.results_page
 
 clean:
 	rm -rf $(VENV) build *.egg-info

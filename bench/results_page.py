@@ -1,5 +1,6 @@
 """The small frontier: every method on split digits at equal learning accuracy, and the measured half of docs/results.md.
 
+make results, or:
 python -m bench.results_page [--seeds 0,1,2] [--jobs 2] [--runs runs/split_digits]
 
 The sweep is that of `command`. Its runs are started here, each a fork of this process, so that none spends the seconds that
@@ -14,12 +15,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import recompute
+from bench import common, recompute
 from bench.forks import run_missing
 from nostalgia import sweep
 
@@ -89,10 +89,9 @@ number of the table is taken; `python -m bench.recompute {runs}` computes them a
 
 
 def record(runs: Path, words: Sequence[str]) -> None:
-    """Note commit, hardware and command beside the runs, once: before the first of them."""
+    """Note commit (``+``: with changes to it), hardware and command beside the runs, once: before the first of them."""
     if not (runs / PROVENANCE).exists():
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        facts = {"commit": commit.stdout.strip(), "hardware": hardware(), "command": " ".join(words)}
+        facts = {"commit": common.origin()["commit"], "hardware": hardware(), "command": " ".join(words)}
         runs.mkdir(parents=True, exist_ok=True)
         (runs / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n")
 
