@@ -102,7 +102,7 @@ def task_loader(
 ) -> TaskLoader:
     """Batches of one task, or of several together, for this rank."""
     dataset = config.dataset
-    images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.image_size)
+    images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.resizing)
     return TaskLoader(
         images,
         view,
@@ -196,7 +196,7 @@ def build_components(
         backbone=backbone,
         method=method,
         space=make_space(scope, accelerator, dtype),
-        view=View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype),
+        view=View(backbone.resizing, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype),
         scope=tuple(scope),
         objective=Objective(config.train.label_smoothing),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
 from nostalgia.models.probe import SHAPE_ERRORS, Probe, probe
 
@@ -45,7 +46,7 @@ class Backbone(nn.Module):
     """A network without classifier: ``forward(images (B, 3, H, W)) -> features (B, feature_dim)``.
 
     ``model`` is the library's own module, so that its tools can be used on it; ``mean`` and ``std`` are what
-    images in [0, 1] are normalised with, ``image_size`` the side in pixels that the network is fed.
+    images in [0, 1] are normalised with, ``resizing`` how an image becomes the square that the network is fed.
     Parameters on which the features do not depend (a mask token, say) do not require a gradient: DDP would
     wait for them.
     """
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
         model: nn.Module,
         features: Callable[[Any], Tensor] | None,
         *,
-        image_size: int,
+        resizing: Resizing,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         framework: str,
@@ -72,7 +73,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.image_size = image_size
+        self.resizing = resizing
         self.mean = mean
         self.std = std
         self.framework = framework
@@ -94,6 +95,11 @@ class Backbone(nn.Module):
             if name in self.unused:
                 parameter.requires_grad_(False)
         self.eval()
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the images that the network is fed."""
+        return self.resizing.size
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of normalised ``images`` (B, 3, image_size, image_size)."""
