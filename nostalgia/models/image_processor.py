@@ -206,7 +206,8 @@ def _resizing(processor: Any, where: str) -> tuple[Resizing | None, str]:
 
 def _interpolation(processor: Any, where: str) -> InterpolationMode:
     resample = getattr(processor, "resample", None)
-    mode = INTERPOLATIONS.get(Image.Resampling.BILINEAR if resample is None else resample)
+    resample = Image.Resampling.BILINEAR if resample is None else resample
+    mode = INTERPOLATIONS.get(resample)
     if mode is None:
         known = ", ".join(f"{int(one)} ({one.name.lower()})" for one in INTERPOLATIONS)
         raise UsageError(f"{where}: resample={int(resample)}: allowed are {known}; change it in that file")
