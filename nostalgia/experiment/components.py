@@ -22,6 +22,7 @@ from nostalgia.methods.base import Method
 from nostalgia.methods.loading import make_method, method_class
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import scope_parameters
+from nostalgia.models.dropout import by_sample
 from nostalgia.models.objective import Objective
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import strategy
@@ -236,6 +237,7 @@ def make_backbone(config: Config, download: bool = True) -> Backbone:
             for name, parameter in backbone.named_parameters():
                 if ".lora_A." in name:
                     parameter.requires_grad_(False)
+    backbone.dropout = by_sample(backbone)
     return backbone
 
 

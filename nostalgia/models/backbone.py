@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
+from nostalgia.models.dropout import DropoutKeys
 from nostalgia.models.probe import SHAPE_ERRORS, Probe, probe
 
 
@@ -81,6 +83,7 @@ class Backbone(nn.Module):
         self.arch = arch
         self.call = dict(call or {})
         self.bgr = bgr
+        self.dropout: DropoutKeys | None = None  # set where masks are drawn by sample
         self.lora: LoraConfig | None = None  # set by attach_lora
         self.norm_frozen = False
         self.paused: frozenset[str] = frozenset()
@@ -140,8 +143,13 @@ class Backbone(nn.Module):
         return True
 
     def draws_in_training(self) -> bool:
-        """Whether a forward pass in training mode draws random numbers (dropout, stochastic depth)."""
-        return probe(self.model, self._run, self.image_size, training=True).random
+        """Whether a forward pass in training mode draws from torch's generators (stochastic depth, dropout not by sample)."""
+        keys = self.dropout or DropoutKeys()
+        keys.samples = torch.zeros(2, dtype=torch.int32, device="meta")
+        try:
+            return probe(self.model, self._run, self.image_size, count=2, training=True).random
+        finally:
+            keys.samples = None
 
     def check_batch(self, size: int) -> None:
         """Raise UsageError where a batch of ``size`` images leaves a batch norm one value per channel to normalise by."""
