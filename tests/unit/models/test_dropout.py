@@ -23,10 +23,10 @@ def keys_of(draw: int = 0, count: int = SAMPLES) -> Tensor:
     return keys
 
 
-def dropped(keys: Tensor, p: float = 0.2, layer: int = 0) -> Tensor:
+def dropped(keys: Tensor, p: float = 0.2, layer: int = 0, device: str = "cpu") -> Tensor:
     """(B, elements) bool."""
     module = SampleDropout(p, layer, DropoutKeys(keys))
-    return (module(torch.ones(len(keys), *ELEMENTS)) == 0).flatten(1)
+    return (module(torch.ones(len(keys), *ELEMENTS, device=device)) == 0).flatten(1)
 
 
 def correlation(one: Tensor, two: Tensor) -> float:
@@ -104,3 +104,10 @@ def test_layers_are_replaced_where_they_are() -> None:
     assert (one.p, two.p, one.layer, two.layer, two.keys is keys) == (0.1, 0.3, 0, 1, True)
     assert not one.training
     assert type(model[2]) is nn.Dropout2d
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_drops_what_a_processor_does() -> None:
+    keys = keys_of()
+    assert torch.equal(dropped(keys), dropped(keys.cuda(), device="cuda").cpu())
