@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from bench import common
 from nostalgia.data.folders import scan
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.errors import NotFoundError, UsageError
 
@@ -100,10 +101,10 @@ def measure(folder: Path, mode: str, workers: int, device: torch.device, options
 def our_pass(
     folder: Path, mode: str, workers: int, device: torch.device, options: argparse.Namespace
 ) -> Callable[[int], int]:
-    images = Prepared([scan("photographs", folder)], [()], options.image_size)
+    images = Prepared([scan("photographs", folder)], [()], Resizing(options.image_size))
     loader = TaskLoader(
         images,
-        View(options.image_size, MEAN, STD, device),
+        View(Resizing(options.image_size), MEAN, STD, device),
         name="bench",
         per_device_batch_size=options.batch_size,
         train=mode == "train",

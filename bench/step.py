@@ -24,6 +24,7 @@ from bench.networks import CLASSES, MODELS
 from bench.projection import cosine_memory
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.images import ArrayImages
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.stream import Batch, Prepared, TaskLoader, View, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import UsageError
@@ -240,7 +241,7 @@ class Pair:
         self.clock.start()
 
     def _loader(self) -> TaskLoader:
-        view = View(self.images.image_size, (0.5,) * 3, (0.5,) * 3, self.accelerator.device)
+        view = View(self.images.resizing, (0.5,) * 3, (0.5,) * 3, self.accelerator.device)
         return TaskLoader(
             self.images,
             view,
@@ -257,7 +258,7 @@ class Pair:
         pixels = draws.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
         classes = [str(number) for number in range(CLASSES)]
         images = ArrayImages("noise", pixels, draws.integers(0, CLASSES, count).tolist(), classes)
-        return Prepared([images], [()], size)
+        return Prepared([images], [()], Resizing(size))
 
     def _plain_windows(self) -> Iterator[float]:
         """Milliseconds of one window after the other of the plain loop."""
@@ -334,7 +335,7 @@ class Pair:
     def _context(self, model: TaskModel, scope: dict[str, nn.Parameter], space: VectorSpace) -> TaskContext:
         images = self.images.datasets[0]
         task = Task(2, "bench", "noise", tuple(images.classes), images, images, (), "none", "made", "bench")
-        view = View(self.images.image_size, (0.5,) * 3, (0.5,) * 3, self.accelerator.device)
+        view = View(self.images.resizing, (0.5,) * 3, (0.5,) * 3, self.accelerator.device)
 
         def samples(count: int, batch_size: int | None = None) -> list[Batch]:
             rank, world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -54,7 +54,7 @@ class ExperimentConfig:
 class DatasetConfig:
     name: str = option("digits", "A catalog name, a folder, or hf:user/name.")
     root: str = option("data", free=True)
-    image_size: int | None = option(None, "Side in pixels the network is fed; null: the model's own.", low=1, high=4096)
+    image_size: int | None = option(None, "Side in pixels the network is fed; null: the model's own.", low=2, high=4096)
     batch_size: int = option(
         128,
         "Per device and micro-batch; the global batch is this x ranks x accumulation steps.",

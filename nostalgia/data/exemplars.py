@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class ExemplarLoader:
         weights = torch.ones(max(1, len(mine)), dtype=self.view.dtype, device=self.view.device)
         if len(mine) == 0:
             mine, weights = chosen[:1], weights * 0
-        return self.take(mine, weights, key)
+        return replace(self.take(mine, weights, key), draw=stable_seed(self.seed, "dropout", key))
 
     def take(self, positions: Tensor, weights: Tensor, epoch: int = 0) -> Batch:
         """The exemplars at ``positions`` (B,) of the list, in views that ``epoch`` decides; 0: as they are."""

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nostalgia.data.images import ImageDataset
-from nostalgia.data.transforms import crop_side, random_view, resize, shift
+from nostalgia.data.resizing import Resizing
+from nostalgia.data.transforms import crop_side, random_view, shift
 from nostalgia.errors import NotFoundError
 
 
 @dataclass(frozen=True)
 class View:
-    """How images reach the network: side in pixels, normalisation, dtype and device."""
+    """How images reach the network: resizing, normalisation, dtype and device."""
 
-    image_size: int
+    resizing: Resizing
     mean: tuple[float, ...]
     std: tuple[float, ...]
     device: torch.device
@@ -40,8 +41,8 @@ class View:
 class Prepared:
     """Data sets, one after the other, as (3, S, S) images; ``shifts`` are the domain shifts of each."""
 
-    def __init__(self, datasets: Sequence[ImageDataset], shifts: Sequence[Sequence[str]], image_size: int) -> None:
-        self.datasets, self.shifts, self.image_size = list(datasets), [tuple(s) for s in shifts], image_size
+    def __init__(self, datasets: Sequence[ImageDataset], shifts: Sequence[Sequence[str]], resizing: Resizing) -> None:
+        self.datasets, self.shifts, self.resizing = list(datasets), [tuple(s) for s in shifts], resizing
         sizes = [len(d) for d in self.datasets]
         self.labels = torch.cat([d.labels for d in self.datasets])  # (N,) within the sample's own data set
         self.tasks = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))  # (N,)
@@ -57,23 +58,24 @@ class Prepared:
 
     def gather(self, indices: Tensor, device: torch.device) -> Tensor:
         """Images (B, 3, S, S) uint8 on ``device`` of data sets in memory, resized there batch by batch."""
-        size = self.image_size
+        size = self.resizing.size
         out = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device)
         tasks = self.tasks[indices]
         for task in tasks.unique().tolist():
             rows = tasks == task
             raw = self.datasets[task].batch(indices[rows] - self.starts[task])
-            out[rows.to(device)] = resize(raw.to(device), size)
+            out[rows.to(device)] = self.resizing(raw.to(device))
         return out
 
     def image(self, index: int, policy: str = "none", draws: Sequence[float] = ()) -> Tensor:
         """One image (3, S, S) uint8, as it is or augmented. Raises NotFoundError naming what cannot be read."""
         task = int(self.tasks[index])
-        at_least = self.image_size
-        if policy == "crop_flip":
-            at_least = math.ceil(at_least / crop_side(draws))
+        at_least = None  # as it is: decoded whole, as the network's own image processor does
+        if policy != "none":
+            side = crop_side(draws) if policy == "crop_flip" else 1.0
+            at_least = math.ceil(self.resizing.target / side)
         image = self.datasets[task].image(index - int(self.starts[task]), at_least)
-        return random_view(image, self.image_size, policy, draws)
+        return random_view(image, self.resizing, policy, draws)
 
     def read(self, indices: Tensor, device: torch.device, threads: int = 1) -> Tensor:
         """Images (B, 3, S, S) uint8 as they are, from memory or decoded here and now."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nostalgia.data.prepared import Decoder, Prepared, View
-from nostalgia.data.transforms import Augmentation
+from nostalgia.data.transforms import Augmentation, uniform
 from nostalgia.errors import NotFoundError, RunFailedError, UsageError
 
 __all__ = ["Batch", "Prepared", "Step", "TaskLoader", "View", "curvature_batches"]
@@ -39,6 +39,7 @@ class Batch:
     indices: Tensor  # (B,) int64, in the concatenation of the loader's data sets
     tasks: Tensor  # (B,) int64, which of the model's heads is the sample's
     epoch: int = 0  # counts from 1 in training
+    draw: int | None = None  # of a training step: with a sample, what decides which elements are dropped
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +55,15 @@ class Batch:
             name: torch.cat([getattr(self, name), getattr(other, name)])
             for name in ("images", "labels", "weights", "indices", "tasks")
         }
-        return Batch(**joined, epoch=self.epoch)
+        return Batch(**joined, epoch=self.epoch, draw=self.draw)
+
+    def keys(self) -> Tensor | None:
+        """(B,) int32, a random number for each sample of a training step, the same on whatever rank it is."""
+        if self.draw is None:
+            return None
+        return (uniform(self.draw, 0, self.indices, 1)[:, 0] * 2**32 - 2**31).to(torch.int32) ^ self.tasks.to(
+            torch.int32
+        )
 
 
 @dataclass
@@ -121,6 +130,9 @@ class TaskLoader:
         fetched = None if self._loader is None else iter(self._loader)
         for number, (step, parts) in enumerate(zip(steps, shares, strict=True), start_step + 1):
             batches = [self._batch(indices, count, epoch, fetched) for indices, count in parts]
+            if self.train:
+                draw = stable_seed(self.seed, self.name, "dropout", epoch, number)
+                batches = [replace(batch, draw=draw) for batch in batches]
             yield Step(batches, len(step), epoch, number)
 
     def _order(self, epoch: int) -> Tensor:

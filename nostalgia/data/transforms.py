@@ -1,4 +1,4 @@
-"""Image transforms: resizing, augmentation, and the domain shifts that belong to a task.
+"""Image transforms: augmentation, and the domain shifts that belong to a task.
 
 Augmentation draws its numbers from a hash of (seed, epoch, sample), so a sample looks the same whatever rank,
 worker or batch it falls into. Decoded files are augmented as they are resized, by the worker that decodes them
@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from nostalgia.data.catalog import AUGMENTATIONS
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
 
 Shift = Callable[[Tensor], Tensor]
@@ -52,13 +53,6 @@ def shift(images: Tensor, names: Sequence[str]) -> Tensor:
     for name in names:
         images = SHIFTS[name](images) if name in SHIFTS else _permute(images, name)
     return images
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """The central square of images (..., 3, H, W) uint8, as (..., 3, size, size)."""
-    side = min(images.shape[-2:])
-    images = tv.center_crop(images, [side, side])
-    return images if side == size else tv.resize(images, [size, size], antialias=True)
 
 
 def _permute(images: Tensor, name: str) -> Tensor:
@@ -114,21 +108,14 @@ def random_views(images: Tensor, policy: str, draws: Tensor) -> Tensor:
     return _view(images, torch.stack([side * mirror, side], 1), centre)
 
 
-def random_view(image: Tensor, size: int, policy: str, draws: Sequence[float]) -> Tensor:
+def random_view(image: Tensor, resizing: Resizing, policy: str, draws: Sequence[float]) -> Tensor:
     """The same view of one decoded image (3, H, W) uint8, taken at its own resolution, as (3, size, size)."""
     if policy == "shift":
+        size = resizing.size
         offsets = [round((draw - 0.5) * (size / 4)) for draw in draws[:2]]
         columns, rows = ((torch.arange(size) + offset).clamp_(0, size - 1) for offset in offsets)
-        return resize(image, size)[:, rows][:, :, columns]
-    if policy == "crop_flip":
-        whole = min(image.shape[-2:])
-        side = max(1, round(whole * crop_side(draws)))
-        left, top = (
-            (length - whole) // 2 + round((whole - side) * draw)
-            for length, draw in zip((image.shape[-1], image.shape[-2]), draws[1:3], strict=True)
-        )
-        image = image[:, top : top + side, left : left + side]
-    view = resize(image, size)
+        return resizing(image)[:, rows][:, :, columns]
+    view = resizing.part(image, crop_side(draws), *draws[1:3]) if policy == "crop_flip" else resizing(image)
     return view.flip(-1) if policy != "none" and draws[3] < 0.5 else view
 
 

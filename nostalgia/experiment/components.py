@@ -22,6 +22,7 @@ from nostalgia.methods.base import Method
 from nostalgia.methods.loading import make_method, method_class
 from nostalgia.models import Backbone, attach_lora, build_backbone, norm_statistics
 from nostalgia.models.backbones import scope_parameters
+from nostalgia.models.dropout import by_sample
 from nostalgia.models.objective import Objective
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import strategy
@@ -102,7 +103,7 @@ def task_loader(
 ) -> TaskLoader:
     """Batches of one task, or of several together, for this rank."""
     dataset = config.dataset
-    images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.image_size)
+    images = Prepared([t.train if train else t.val for t in tasks], [t.transform for t in tasks], view.resizing)
     return TaskLoader(
         images,
         view,
@@ -196,7 +197,7 @@ def build_components(
         backbone=backbone,
         method=method,
         space=make_space(scope, accelerator, dtype),
-        view=View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype),
+        view=View(backbone.resizing, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype),
         scope=tuple(scope),
         objective=Objective(config.train.label_smoothing),
     )
@@ -236,6 +237,7 @@ def make_backbone(config: Config, download: bool = True) -> Backbone:
             for name, parameter in backbone.named_parameters():
                 if ".lora_A." in name:
                     parameter.requires_grad_(False)
+    backbone.dropout = by_sample(backbone)
     return backbone
 
 

@@ -47,7 +47,7 @@ def task_context(
         curvature=curvature_options(run.config),
         seed=run.config.experiment.seed,
         head=places[-1],
-        image_bytes=3 * run.view.image_size**2,
+        image_bytes=3 * run.view.resizing.size**2,
         samples=samples,
         loader=loader,
         augmented=any(policy != "none" for policy in run.augmentations(tasks)),
@@ -100,7 +100,7 @@ def _exemplar_loader(
         )
     return ExemplarLoader(
         exemplars,
-        Prepared([task.train for task in tasks], [task.transform for task in tasks], run.view.image_size),
+        Prepared([task.train for task in tasks], [task.transform for task in tasks], run.view.resizing),
         run.view,
         augment=run.augmentations(tasks),
         heads=[list(heads).index(task.head) if task.head in heads else 0 for task in tasks],

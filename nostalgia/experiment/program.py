@@ -13,7 +13,6 @@ from nostalgia.config import Request
 from nostalgia.data.tasks import data_notes
 from nostalgia.experiment.components import Components, build_components, complete_method
 from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
-from nostalgia.experiment.deliverables import write_deliverables
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
@@ -65,6 +64,8 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
         results = experiment.run()
     full = full_run_of(request, components) if request.debug else ()
     if accelerator.is_main_process:
+        from nostalgia.experiment.deliverables import write_deliverables  # matplotlib: a dry run draws nothing
+
         write_deliverables(folder, components, results, request.argv, console, experiment.log)
         if full:
             console.print(cost_of_full_run(*full, components, info, folder))

@@ -134,7 +134,7 @@ def _measure(
     statistics = agree(accelerator, lambda: norm_statistics.load_statistics(file) if file.is_file() else {})
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
-    view = View(backbone.image_size, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
+    view = View(backbone.resizing, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
     measured = []
     for task in tasks:
         loader = task_loader(config, accelerator, view, [task], train=False)

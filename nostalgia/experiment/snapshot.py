@@ -157,7 +157,7 @@ class Snapshot:
         whole = any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules())
         found = []
         if backbone.draws_in_training():
-            found.append("dropout is drawn by each rank anew")
+            found.append("attention dropout or stochastic depth is drawn by each rank anew")
         if own_batches and not whole:
             found.append("batch norm in training is over each rank's own batch")
         return [

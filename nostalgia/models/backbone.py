@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
+from nostalgia.models.dropout import DropoutKeys
 from nostalgia.models.probe import SHAPE_ERRORS, Probe, probe
 
 
@@ -45,7 +48,7 @@ class Backbone(nn.Module):
     """A network without classifier: ``forward(images (B, 3, H, W)) -> features (B, feature_dim)``.
 
     ``model`` is the library's own module, so that its tools can be used on it; ``mean`` and ``std`` are what
-    images in [0, 1] are normalised with, ``image_size`` the side in pixels that the network is fed.
+    images in [0, 1] are normalised with, ``resizing`` how an image becomes the square that the network is fed.
     Parameters on which the features do not depend (a mask token, say) do not require a gradient: DDP would
     wait for them.
     """
@@ -55,7 +58,7 @@ class Backbone(nn.Module):
         model: nn.Module,
         features: Callable[[Any], Tensor] | None,
         *,
-        image_size: int,
+        resizing: Resizing,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         framework: str,
@@ -72,7 +75,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.image_size = image_size
+        self.resizing = resizing
         self.mean = mean
         self.std = std
         self.framework = framework
@@ -80,6 +83,7 @@ class Backbone(nn.Module):
         self.arch = arch
         self.call = dict(call or {})
         self.bgr = bgr
+        self.dropout: DropoutKeys | None = None  # set where masks are drawn by sample
         self.lora: LoraConfig | None = None  # set by attach_lora
         self.norm_frozen = False
         self.paused: frozenset[str] = frozenset()
@@ -94,6 +98,11 @@ class Backbone(nn.Module):
             if name in self.unused:
                 parameter.requires_grad_(False)
         self.eval()
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the images that the network is fed."""
+        return self.resizing.size
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, feature_dim) of normalised ``images`` (B, 3, image_size, image_size)."""
@@ -134,8 +143,13 @@ class Backbone(nn.Module):
         return True
 
     def draws_in_training(self) -> bool:
-        """Whether a forward pass in training mode draws random numbers (dropout, stochastic depth)."""
-        return probe(self.model, self._run, self.image_size, training=True).random
+        """Whether a forward pass in training mode draws from torch's generators (stochastic depth, dropout not by sample)."""
+        keys = self.dropout or DropoutKeys()
+        keys.samples = torch.zeros(2, dtype=torch.int32, device="meta")
+        try:
+            return probe(self.model, self._run, self.image_size, count=2, training=True).random
+        finally:
+            keys.samples = None
 
     def check_batch(self, size: int) -> None:
         """Raise UsageError where a batch of ``size`` images leaves a batch norm one value per channel to normalise by."""

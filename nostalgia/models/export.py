@@ -19,6 +19,7 @@ from nostalgia.models.adapters import merged, without_adapters
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.heads import save_heads
 from nostalgia.models.hub import quiet
+from nostalgia.models.image_processor import FILE, Preparation, processor_settings
 from nostalgia.models.model_card import TaskCard, code, model_card
 from nostalgia.models.norm_statistics import save_statistics
 
@@ -110,24 +111,16 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
     if backbone.framework == "hf":
         with quiet():
             backbone.model.save_pretrained(folder)  # type: ignore[operator]
-        settings = {
-            # Named after ViT, it resizes, rescales and normalises for any network; MobileViT's turns the channels too.
-            "image_processor_type": "MobileViTImageProcessor" if backbone.bgr else "ViTImageProcessor",
-            **({"do_flip_channel_order": True, "do_center_crop": False} if backbone.bgr else {}),
-            "do_resize": True,
-            "size": {"height": backbone.image_size, "width": backbone.image_size},
-            "do_rescale": True,
-            "do_normalize": True,
-            "image_mean": list(backbone.mean),
-            "image_std": list(backbone.std),
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settings = processor_settings(Preparation(backbone.resizing, backbone.mean, backbone.std, backbone.bgr))
+        (folder / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     metadata = {
         "format": "pt",
         "arch": str(backbone.arch),
         "image_size": str(backbone.image_size),
+        "resize_size": str(backbone.resizing.target),
+        "interpolation": backbone.resizing.interpolation.value,
         "mean": ",".join(map(str, backbone.mean)),
         "std": ",".join(map(str, backbone.std)),
     }

@@ -33,7 +33,8 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Output:
         """Run ``model`` (a `TaskModel`, wrapped or not) on a batch."""
-        logits = model(batch.images)
+        keys = batch.keys() if model.training else None
+        logits = model(batch.images) if keys is None else model(batch.images, keys)
         return Output(self.loss(logits, batch), self.correct(logits, batch).detach(), logits)
 
     def loss(self, logits: Sequence[Tensor], batch: Batch) -> Tensor:

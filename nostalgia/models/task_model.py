@@ -18,7 +18,13 @@ class TaskModel(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, classes of the head) of each head, for images (B, C, H, W)."""
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Logits (B, classes of the head) of each head, for images (B, C, H, W).
+
+        ``keys`` (B,) int32 decide what dropout takes from each sample; without them torch's generator does.
+        """
+        dropout = getattr(self.backbone, "dropout", None)
+        if dropout is not None:
+            dropout.samples = keys
         features = self.backbone(images)
         return tuple(head(features) for head in self.heads)

@@ -11,6 +11,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.transforms import InterpolationMode
 
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.models.backbone import Backbone, flattened
 from nostalgia.models.seeding import seeded
@@ -67,8 +70,15 @@ def build(
         raise UsageError(f"model.arch={arch} is not a classification network of torchvision: {hint}")
     weights = _weights(arch, model_id if pretrained and file is None else None)
     transform = weights.transforms()
-    native = int(stored.get("image_size", transform.crop_size[0]))
-    size = image_size or native
+    resizing = Resizing(int(stored.get("image_size", transform.crop_size[0])))
+    if stored:
+        how = InterpolationMode(stored.get("interpolation", "bilinear"))
+        resizing = replace(resizing, edge=int(stored.get("resize_size", 0)), interpolation=how)
+    elif pretrained:
+        resizing = replace(resizing, edge=transform.resize_size[0], interpolation=transform.interpolation)
+    if image_size is not None:
+        resizing = resizing.at(image_size)
+    size = resizing.size
     with seeded(seed):
         model, classifier = bare(arch, config, size)
     mean, std = HALF, HALF
@@ -80,7 +90,7 @@ def build(
     return Backbone(
         model,
         flattened,
-        image_size=size,
+        resizing=resizing,
         mean=mean,
         std=std,
         framework="torchvision",

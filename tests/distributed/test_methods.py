@@ -14,7 +14,7 @@ BASE = [
     "train.max_eval_batches=1", "analysis.predict_forgetting=false", "analysis.spectral_density=false",
     "train.head_warmup_epochs=0", "curvature.num_samples=37", "experiment.export=false", "logger.tensorboard=false",
 ]  # fmt: skip
-LORA = ["model.use_lora=true", "model.lora.r=2", "model.lora.dropout=0"]
+LORA = ["model.use_lora=true", "model.lora.r=2", "model.lora.dropout=0.1"]
 METHODS = {
     # Where a gradient is rounding alone (a key's bias), so is its pull, and AdamW scales it up by 1 / eps = 1e8.
     "l2sp": ["method.strength=1", "train.optimizer=sgd"],
@@ -32,7 +32,13 @@ METHODS = {
     "heads_only": [],
 }
 CASES = {name: [f"method={name}", *words] for name, words in METHODS.items()}
-CASES |= {f"{name} lora": [*CASES[name], *LORA] for name in ("ewc", "lwf", "er", "gpm", "nostalgia", "kronecker")}
+CASES |= {
+    f"{name} lora": [*CASES[name], *LORA]
+    for name in ("ewc", "lwf", "er", "derpp", "agem", "gpm", "nostalgia", "kronecker")
+}
+CASES["dropout"] = [
+    "method=finetune", "model.config.hidden_dropout_prob=0.2", "train.gradient_accumulation_steps=2", *LORA,
+]  # fmt: skip
 CASES["ewc_lora lora"] = ["method=ewc_lora", "method.strength=100", "method.num_samples=37", *LORA]
 CASES["kronecker restarted lora"] = [*CASES["kronecker lora"], "model.lora.merge=task"]
 CASES["diagonal"] = ["method=nostalgia", "method.top_k=3", "method.tail=diagonal", "method.project=soft"]

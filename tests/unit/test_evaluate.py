@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from nostalgia.config import parse as parse_training
 from nostalgia.config import save
 from nostalgia.data.images import ArrayImages
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import parse
@@ -82,8 +83,8 @@ def test_classes_add_up_to_the_accuracy() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, 4, 4), generator=generator, dtype=torch.uint8).numpy()
     labels = torch.randint(0, 3, (50,), generator=generator)  # a fourth class has no image
-    images = Prepared([ArrayImages("noise", pixels, labels.tolist(), "abcd")], [()], 4)
-    view = View(4, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    images = Prepared([ArrayImages("noise", pixels, labels.tolist(), "abcd")], [()], Resizing(4))
+    view = View(Resizing(4), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
     loader = TaskLoader(images, view, name="t", per_device_batch_size=8, train=False)
     accelerator, head = Accelerator(cpu=True), make_head(48, 4, seed=0)
     network = torch.nn.Flatten()

@@ -169,5 +169,27 @@ def test_the_order_is_seen(source: str, line: str, bad: bool) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     """Refusing a wrong word takes the configuration only."""
-    program = "import sys, nostalgia, nostalgia.config, nostalgia.train; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+    assert not loaded(["--help"]) & {*HEAVY, "nostalgia.experiment"}
+    assert not loaded(["train.epochz=3"]) & {*HEAVY, "nostalgia.experiment"}
+
+
+def test_a_dry_run_does_not_wait_for_what_draws_tracks_and_downloads() -> None:
+    found = loaded(["dataset=digits", "model=vit_tiny", "--dry-run", "--quiet"])
+    assert "torch" in found
+    assert not found & {"matplotlib", "wandb", "datasets", "nostalgia.reporting.drawing"}
+
+
+HEAVY = frozenset({"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "matplotlib", "wandb"}) | {
+    "sklearn", "scipy", "pandas", "tensorboard", "numpy", "jinja2",
+}  # fmt: skip
+
+
+def loaded(words: list[str]) -> set[str]:
+    """The modules that ``nostalgia.train`` imports for ``words``."""
+    program = (
+        "import os, sys; from nostalgia.train import main; os._exit = sys.exit\n"
+        f"try: main({words!r})\n"
+        "finally: print('\\nmodules', *sys.modules, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])

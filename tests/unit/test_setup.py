@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from nostalgia.config import parse
 from nostalgia.data.prepared import View
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.experiment.components import build_components, complete_method, load_tasks, task_loader
 from nostalgia.methods.loading import make_method
@@ -22,7 +23,7 @@ def test_tasks_trained_together_keep_their_own_augmentation() -> None:
     config = parse(words).config
     first, second = load_tasks(config, accelerator)
     tasks = [dataclasses.replace(first, augment="flip"), dataclasses.replace(second, augment="none")]
-    view = View(8, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    view = View(Resizing(8), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
     together = task_loader(config, accelerator, view, tasks, train=True, name="joint")
     assert together.augmentation.policies == ("flip", "none")
     chosen = parse([*words, "dataset.augment=shift"]).config

@@ -91,9 +91,9 @@ VIT = ["dataset=digits", "model=vit_tiny", "model.use_lora=false"]
     ("words", "said"),
     [
         ([*VIT], ""),
-        ([*VIT, "model.config.hidden_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
-        ([*VIT, "model.config.attention_probs_dropout_prob=0.1"], "dropout is drawn by each rank anew"),
-        ([*VIT, "model.use_lora=true", "model.lora.dropout=0.1"], "dropout is drawn by each rank anew"),
+        ([*VIT, "model.config.hidden_dropout_prob=0.1"], ""),
+        ([*VIT, "model.config.attention_probs_dropout_prob=0.1"], "attention dropout or stochastic depth is drawn"),
+        ([*VIT, "model.use_lora=true", "model.lora.dropout=0.1"], ""),
         (RESNET, "batch norm in training is over each rank's own batch"),
         ([*RESNET, "model.norm_statistics=frozen"], ""),
     ],

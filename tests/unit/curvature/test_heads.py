@@ -13,13 +13,14 @@ from nostalgia.curvature.eigenspace import CurvatureOptions, task_operator
 from nostalgia.curvature.fisher import diagonal_fisher
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.prepared import Prepared, View
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.stream import Batch, curvature_batches
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.models.objective import Objective
 from nostalgia.models.task_model import TaskModel
 
-VIEW = View(2, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), torch.float64)
+VIEW = View(Resizing(2), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), torch.float64)
 
 
 class Features(nn.Module):
@@ -38,7 +39,7 @@ def images() -> Prepared:
         pixels = np.random.default_rng(count).integers(0, 255, (count, 2, 2, 3), dtype=np.uint8)
         names = [str(c) for c in range(classes)]
         made.append(ArrayImages("set", pixels, [i % classes for i in range(count)], names))
-    return Prepared(made, [(), ()], 2)
+    return Prepared(made, [(), ()], Resizing(2))
 
 
 def batches(count: int = 12, world: int = 1) -> list[list[Batch]]:

@@ -19,6 +19,7 @@ import torch
 from nostalgia.data.catalog import Entry, Hub
 from nostalgia.data.hub import from_hub
 from nostalgia.data.prepared import Decoder, Prepared
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.sources import load_source
 from nostalgia.errors import NotFoundError, UsageError
 from tests.distributed.harness import ROOT
@@ -153,7 +154,7 @@ def test_a_repository_with_a_card_and_folders_by_configuration(tmp_path: Path) -
 
 def test_what_workers_are_sent_survives_pickling(tmp_path: Path) -> None:
     source = load_source(str(repository(tmp_path / "mine", train=table(range(4)), test=table([4]))))
-    decoder = Decoder(Prepared([source.train], [()], 8), ["crop_flip"])
+    decoder = Decoder(Prepared([source.train], [()], Resizing(8)), ["crop_flip"])
     key = (7, [0.5, 0.1, 0.2, 0.3])
     assert torch.equal(pickle.loads(pickle.dumps(decoder))[key], decoder[key])
 

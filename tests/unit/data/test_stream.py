@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from nostalgia.data.images import ArrayImages, Subset
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.sources import load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View, curvature_batches, stratified_choice
 from nostalgia.errors import NotFoundError, RunFailedError, UsageError
 from tests.unit.data.trees import write_tree
 
-VIEW = View(8, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+VIEW = View(Resizing(8), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
 
 
 def loader(images: Prepared, batch: int, rank: int = 0, world: int = 1, **options) -> TaskLoader:
@@ -26,7 +27,7 @@ def loader(images: Prepared, batch: int, rank: int = 0, world: int = 1, **option
 
 @pytest.fixture(scope="module")
 def digits() -> Prepared:
-    return Prepared([load_source("digits").val], [()], 8)
+    return Prepared([load_source("digits").val], [()], Resizing(8))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -47,7 +48,7 @@ def test_every_sample_counts_once(digits: Prepared, world: int, train: bool) -> 
 def test_no_batch_of_training_is_of_one_row(digits: Prepared, world: int) -> None:
     """Whatever is left for the last micro-batch; what fills it up is another sample, and counts nowhere."""
     for left in (1, 2, 4):
-        images = Prepared([Subset(load_source("digits").val, torch.arange(12 + left))], [()], 8)
+        images = Prepared([Subset(load_source("digits").val, torch.arange(12 + left))], [()], Resizing(8))
         for rank in range(world):
             *_, last = loader(images, 12 // world, rank, world).epoch(1)
             (batch,) = last.micro_batches
@@ -85,7 +86,7 @@ def test_epochs_differ_and_augmentation_moves(digits: Prepared) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = write_tree(tmp_path_factory.mktemp("animals"), ["ant", "bee", "cat"], train=9)
-    return Prepared([load_source(str(folder)).train], [("invert",)], 8)
+    return Prepared([load_source(str(folder)).train], [("invert",)], Resizing(8))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -112,7 +113,7 @@ def test_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
     root = write_tree(tmp_path / "animals", ["ant", "bee", "cat"])
     broken = next((root / "train" / "bee").iterdir())
     broken.write_bytes(b"not an image")
-    images = Prepared([load_source(str(root)).train], [()], 8)
+    images = Prepared([load_source(str(root)).train], [()], Resizing(8))
     with pytest.raises(NotFoundError, match=broken.name) as caught:
         list(loader(images, 4, num_workers=workers).epoch(1))
     assert "\n" not in str(caught.value)
@@ -132,12 +133,12 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(files: Prepared) -> None:
             return "deadly"
 
     with pytest.raises(RunFailedError, match=r"a loader process died .* dataset\.num_workers"):
-        list(loader(Prepared([Deadly()], [()], 8), 2, num_workers=1).epoch(1))
+        list(loader(Prepared([Deadly()], [()], Resizing(8)), 2, num_workers=1).epoch(1))
 
 
 def test_skipped_steps_are_not_decoded(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "animals", ["ant", "bee", "cat"])
-    images = Prepared([load_source(str(root)).train], [()], 8)
+    images = Prepared([load_source(str(root)).train], [()], Resizing(8))
     one = loader(images, 3)
     first = next(iter(one.epoch(1))).micro_batches[0].indices.tolist()
     for index in first:
@@ -157,7 +158,7 @@ def test_evaluation_is_in_order_and_as_it_is(digits: Prepared) -> None:
 
 def test_memory_and_files_give_the_same_pixels() -> None:
     for size in (8, 5, 32):
-        images = Prepared([load_source("digits").val], [()], size)
+        images = Prepared([load_source("digits").val], [()], Resizing(size))
         together = images.gather(torch.arange(20), torch.device("cpu"))
         assert torch.equal(together, torch.stack([images.image(i) for i in range(20)]))
 
@@ -165,7 +166,7 @@ def test_memory_and_files_give_the_same_pixels() -> None:
 def test_joint_data_sets_keep_their_labels_sizes_and_policies(files: Prepared) -> None:
     source = load_source("digits")
     fashion = ArrayImages("x", np.full((5, 11, 7, 3), 9, dtype=np.uint8), [1, 0, 1, 0, 1], ["a", "b"])
-    images = Prepared([source.val, fashion], [(), ("invert",)], 8)
+    images = Prepared([source.val, fashion], [(), ("invert",)], Resizing(8))
     batches = [s.micro_batches[0] for s in loader(images, 50, augment=["none", "shift"]).epoch(1)]
     tasks, indices = (torch.cat([getattr(b, f) for b in batches]) for f in ("tasks", "indices"))
     labels, pixels = (torch.cat([getattr(b, f) for b in batches]) for f in ("labels", "images"))
@@ -177,14 +178,14 @@ def test_joint_data_sets_keep_their_labels_sizes_and_policies(files: Prepared) -
     first = int(indices[tasks == 0][0])
     expected = (source.val.image(first) / 255 - 0.5) / 0.5  # policy "none": exactly the image
     torch.testing.assert_close(pixels[tasks == 0][0], expected)
-    mixed = Prepared([source.val, files.datasets[0]], [(), ()], 8)  # one in memory, one from files
+    mixed = Prepared([source.val, files.datasets[0]], [(), ()], Resizing(8))  # one in memory, one from files
     assert sum(len(s.micro_batches[0]) for s in loader(mixed, 50).epoch(1)) == len(mixed)
 
 
 def test_no_samples() -> None:
     nothing = ArrayImages("x", np.zeros((0, 2, 2), dtype=np.uint8), [], ["a"])
     with pytest.raises(UsageError, match="no samples to train on"):
-        loader(Prepared([nothing], [()], 8), 4)
+        loader(Prepared([nothing], [()], Resizing(8)), 4)
 
 
 def test_a_loader_that_is_dropped_leaves_no_process(files: Prepared) -> None:

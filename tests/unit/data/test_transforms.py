@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nostalgia.data.catalog import AUGMENTATIONS, CATALOG
-from nostalgia.data.transforms import SHIFTS, Augmentation, check_shifts, random_view, resize, shift, uniform
+from nostalgia.data.resizing import Resizing
+from nostalgia.data.transforms import SHIFTS, Augmentation, check_shifts, random_view, shift, uniform
 from nostalgia.errors import UsageError
 
 
@@ -17,18 +18,34 @@ def photo() -> torch.Tensor:
 
 
 def test_the_central_square_is_resized(photo: torch.Tensor) -> None:
-    assert torch.equal(resize(photo, 12), photo[:, :, 4:16])
-    assert torch.equal(resize(photo.mT, 12), photo.mT[:, 4:16])
-    for size in (1, 5, 24):
-        small = resize(photo, size)
+    assert torch.equal(Resizing(12)(photo), photo[:, :, 4:16])
+    assert torch.equal(Resizing(12)(photo.mT), photo.mT[:, 4:16])
+    assert torch.equal(Resizing(12)(photo[:, :, :19]), photo[:, :, 3:15])  # an odd pixel is left on the right
+    for size in (2, 5, 24):
+        small = Resizing(size)(photo)
         assert (small.shape, small.dtype) == ((3, size, size), torch.uint8)
-    flat = resize(torch.full((3, 7, 3000), 77, dtype=torch.uint8), 16)
+    flat = Resizing(16)(torch.full((3, 7, 3000), 77, dtype=torch.uint8))
     assert flat.unique().tolist() == [77]
+    strip = Resizing(224)(torch.full((3, 1, 50_000), 77, dtype=torch.uint8))  # whole, it would be 7 GB
+    assert strip.shape == (3, 224, 224)
+    assert strip.unique().tolist() == [77]
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_a_part_is_cut_from_what_evaluation_sees(stretch: bool) -> None:
+    """Of a ramp, a part of side 1 is the whole view, and a smaller one lies within it; both to a grey level or two."""
+    ramp = torch.arange(40, 240).to(torch.uint8).expand(3, 150, 200)
+    resizing = Resizing(100, 128, stretch)
+    whole = resizing(ramp).long()
+    assert (resizing.part(ramp, 1.0, 0.0, 0.0).long() - whole).abs().max() <= 2
+    small = resizing.part(ramp, 0.5, 1.0, 0.0).long()  # its right half
+    assert abs(int(small[0, 0, -1]) - int(whole[0, 0, -1])) <= 2
+    assert abs(int(small[0, 0, 0]) - int(whole[0, 0, 50])) <= 2
 
 
 def test_each_shift_does_what_it_says(photo: torch.Tensor) -> None:
-    plain = resize(photo, 12).long()
-    found = {name: shift(resize(photo, 12), [name]).long() for name in SHIFTS}
+    plain = Resizing(12)(photo).long()
+    found = {name: shift(Resizing(12)(photo), [name]).long() for name in SHIFTS}
     assert torch.equal(found["invert"], 255 - plain)
     assert torch.equal(found["rotate90"][:, -1, :], plain[:, :, 0])  # counterclockwise: the left edge lies below
     assert torch.equal(found["rotate180"], plain.flip(-1).flip(-2))
@@ -39,11 +56,11 @@ def test_each_shift_does_what_it_says(photo: torch.Tensor) -> None:
     grey = 0.2989 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2]
     assert (found["grayscale"][1] - grey).abs().max() <= 1
     assert found["blur"].double().std() < plain.double().std() / 2
-    assert torch.equal(shift(resize(photo, 12), ["invert", "rotate90"]).long(), 255 - found["rotate90"])
+    assert torch.equal(shift(Resizing(12)(photo), ["invert", "rotate90"]).long(), 255 - found["rotate90"])
 
 
 def test_permutations_are_fixed_and_differ_by_number(photo: torch.Tensor) -> None:
-    plain, zero, one = (shift(resize(photo, 12), s) for s in ([], ["permute"], ["permute1"]))
+    plain, zero, one = (shift(Resizing(12)(photo), s) for s in ([], ["permute"], ["permute1"]))
     assert torch.equal(zero, shift(plain, ["permute0"]))
     assert not torch.equal(zero, one)
     for shuffled in (zero, one):
@@ -124,17 +141,17 @@ def test_one_image_gets_the_view_it_gets_in_a_batch(policy: str) -> None:
     samples = torch.arange(64)
     together = augment(policy, images.double() / 255, samples) * 255
     draws = Augmentation([policy], 0).draws(samples, 1).tolist()
-    one_by_one = torch.stack([random_view(i, 32, policy, d) for i, d in zip(images, draws, strict=True)])
+    one_by_one = torch.stack([random_view(i, Resizing(32), policy, d) for i, d in zip(images, draws, strict=True)])
     assert (together - one_by_one).abs().max() < (16 if policy == "crop_flip" else 1e-6)  # 8 brightness steps a pixel
 
 
 def test_a_crop_of_a_photo_is_taken_from_its_central_square(photo: torch.Tensor) -> None:
     square = photo[:, :, 4:16].long()
     for left, top in ((0.0, 0.0), (0.999, 0.0), (0.0, 0.999)):
-        view = random_view(photo, 9, "crop_flip", [0.0, left, top, 0.9])  # the smallest: 9 of 12 pixels
+        view = random_view(photo, Resizing(9), "crop_flip", [0.0, left, top, 0.9])  # the smallest: 9 of 12 pixels
         x, y = round(3 * left), round(3 * top)
         assert torch.equal(view.long(), square[:, y : y + 9, x : x + 9])
-    mirrored = random_view(photo, 9, "crop_flip", [0.0, 0.0, 0.0, 0.1])
+    mirrored = random_view(photo, Resizing(9), "crop_flip", [0.0, 0.0, 0.0, 0.1])
     assert torch.equal(mirrored.long(), square[:, :9, :9].flip(-1))
 
 

@@ -14,6 +14,7 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.exemplars import Exemplar, ExemplarLoader
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.prepared import Prepared, View
+from nostalgia.data.resizing import Resizing
 from nostalgia.data.stream import Batch, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.linalg.vector_space import VectorSpace
@@ -21,7 +22,7 @@ from nostalgia.methods import Method, Objective, TaskContext
 from nostalgia.models.task_model import TaskModel
 
 CLASSES, SIDE = 3, 2
-VIEW = View(SIDE, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), torch.float64)
+VIEW = View(Resizing(SIDE), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), torch.float64)
 
 
 class Features(nn.Module):
@@ -64,7 +65,7 @@ class Sequence2:
         head = len(chosen) - 1
 
         def samples(count: int, batch_size: int | None = None) -> list[Batch]:
-            images = Prepared([self.tasks[index - 1].train], [()], SIDE)
+            images = Prepared([self.tasks[index - 1].train], [()], Resizing(SIDE))
             batches = curvature_batches(
                 images, VIEW, name="x", num_samples=count, batch_size=batch_size or 5, seed=0, rank=0, world_size=1
             )
@@ -73,7 +74,7 @@ class Sequence2:
             return batches
 
         def loader(exemplars: Sequence[Exemplar]) -> ExemplarLoader:
-            images = Prepared([t.train for t in self.tasks[:index]], [()] * index, SIDE)
+            images = Prepared([t.train for t in self.tasks[:index]], [()] * index, Resizing(SIDE))
             return ExemplarLoader(exemplars, images, VIEW, augment=["none"] * index, heads=list(range(index)), seed=0)
 
         return TaskContext(
@@ -129,7 +130,7 @@ class Sequence2:
     def plain_gradients(self, extra: Callable[[dict[str, Tensor]], Any] | None = None) -> dict[str, Tensor]:
         """Of the present task's mean loss plus ``extra(parameters)``, by autograd alone."""
         parameters = dict(self.backbone.named_parameters())
-        images = Prepared([self.tasks[1].train], [()], SIDE)
+        images = Prepared([self.tasks[1].train], [()], Resizing(SIDE))
         (batch,) = curvature_batches(
             images, VIEW, name="x", num_samples=12, batch_size=12, seed=0, rank=0, world_size=1
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
 from nostalgia.models import Backbone, attach_lora, build_backbone, has_adapters, scope_parameters
 from nostalgia.models.adapters import merged, resolve_targets, without_adapters
@@ -210,7 +211,9 @@ class Reading(torch.nn.Module):
 
 def reading():
     model, half = Reading(), (0.5,) * 3
-    return Backbone(model, lambda y: y, image_size=8, mean=half, std=half, framework="torchvision", source="a network")
+    return Backbone(
+        model, lambda y: y, resizing=Resizing(8), mean=half, std=half, framework="torchvision", source="a network"
+    )
 
 
 def test_a_layer_that_does_not_bear_an_adapter_is_left_out_and_said_so_or_refused_by_name(caplog):

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.models import Backbone, build_backbone
 from nostalgia.models.backbone import flattened
@@ -49,7 +50,7 @@ def test_every_architecture_loses_its_classifier_and_uses_every_parameter(arch):
     with without_memory():
         model, classifier = bare(arch, {}, 224)
     backbone = Backbone(
-        model, flattened, image_size=224, mean=HALF, std=HALF, framework="torchvision", source=arch, arch=arch
+        model, flattened, resizing=Resizing(224), mean=HALF, std=HALF, framework="torchvision", source=arch, arch=arch
     )
     assert isinstance(model.get_submodule(classifier), torch.nn.Identity)
     assert backbone.feature_dim == WIDTHS.get(arch, backbone.feature_dim) != 1000
