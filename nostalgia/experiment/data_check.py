@@ -50,6 +50,9 @@ def absolute_paths(config: Config) -> None:
             config.experiment.tasks[i] = _absolute(task)  # type: ignore[index]
         elif isinstance(task, dict) and isinstance(task.get("dataset"), str):
             task["dataset"] = _absolute(task["dataset"])
+    for entry in config.dataset.entries.values():
+        if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            entry["path"] = str(Path(entry["path"]).expanduser().absolute())
 
 
 def _absolute(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ def main(lines: Sequence[tuple[str, list[str], str | None]]) -> None:
     """Each of (command, words, root of the data sets)."""
     Accelerator.end_training = lambda self: None  # the group goes on to the next run
     for command, words, root in lines:
+        # Each task of a run collects garbage: it need not look through what the libraries and earlier runs have made.
+        gc.collect()
+        gc.freeze()
         if root is not None:
             accept_checksums(Path(root))
         code = {"train": train.main, "evaluate": evaluate.main}[command](words)

@@ -24,7 +24,7 @@ from nostalgia.data.imagenet import SUBSETS
 
 SIZE = 32
 TRAIN, VAL = 3, 1  # images a class
-CHARACTERS = [chr(c) for c in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x180))]
+CHARACTERS = [chr(c) for c in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x1C0))]
 FACES = ("Sans", "Serif", "SansMono", "Sans-Bold", "Serif-Bold", "SansMono-Bold")
 
 
@@ -48,8 +48,12 @@ def encoded(label: int, number: int, kind: str = "png") -> bytes:
 
 
 def classes(name: str) -> list[str]:
-    """Class names of a catalog data set, WordNet ids where it has them."""
+    """Class names of a catalog data set, WordNet ids where it has them; of a glyphs folder its twenty numbers."""
+    if name not in CATALOG:
+        return [f"{i:02d}" for i in range(20)]
     entry = CATALOG[name]
+    if entry.domain is not None:  # the same in all six
+        return [f"thing_{i + 1}" for i in range(entry.classes or 0)]
     if entry.wnids is not None:
         return list(SUBSETS[entry.wnids])
     if name in ("imagenet100", "tinyimagenet"):
@@ -88,7 +92,10 @@ def hub(root: Path, name: str) -> None:
     if val is not None:
         splits[val] = range(TRAIN, TRAIN + VAL)
     image, label = known.image or "image", known.label or "label"
-    feature = datasets.Value("string") if text else datasets.ClassLabel(names=names)
+    text_feature = datasets.Value("string")
+    features = {image: datasets.Image(), label: text_feature if text else datasets.ClassLabel(names=names)}
+    if known.keep is not None:
+        features[known.keep[0]] = text_feature
     (root / name / "data").mkdir(parents=True)
     for split, numbers in splits.items():
         rows = [(i, n) for i in range(len(names)) for n in numbers]
@@ -96,7 +103,9 @@ def hub(root: Path, name: str) -> None:
             image: [{"bytes": encoded(i, n), "path": None} for i, n in rows],
             label: [names[i] if text else i for i, _ in rows],
         }
-        table = datasets.Dataset.from_dict(columns, datasets.Features({image: datasets.Image(), label: feature}))
+        if known.keep is not None:
+            columns[known.keep[0]] = [known.keep[1]] * len(rows)
+        table = datasets.Dataset.from_dict(columns, datasets.Features(features))
         table.to_parquet(root / name / "data" / f"{split}-00000-of-00001.parquet")
 
 
@@ -125,8 +134,8 @@ def _cifar(root: Path, name: str, folder: str, files: dict[str, range], key: str
     _remember(root, name, sums)
 
 
-def _mnist(root: Path) -> None:
-    folder = root / "MNIST" / "raw"
+def _idx(root: Path, name: str) -> None:
+    folder = root / name / "raw"
     folder.mkdir(parents=True)
     for prefix, numbers in (("train", range(5)), ("t10k", range(5, 6))):
         rows = [(i, n) for n in numbers for i in range(10)]
@@ -134,6 +143,32 @@ def _mnist(root: Path) -> None:
         for kind, array in (("images-idx3", images), ("labels-idx1", np.array([i for i, _ in rows], np.uint8))):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
             (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+
+
+def _svhn(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for split, numbers in (("train", range(5)), ("test", range(5, 6))):
+        rows = [(i, n) for n in numbers for i in range(10)]
+        pixels = np.stack([np.asarray(glyph(i, n)) for i, n in rows], axis=-1)  # (H, W, 3, N)
+        labels = np.array([[i or 10] for i, _ in rows], np.uint8)  # the digit 0 has label 10
+        scipy.io.savemat(root / f"{split}_32x32.mat", {"X": pixels, "y": labels})
+    _remember(root, "svhn", {f: _md5(root / f) for f in ("train_32x32.mat", "test_32x32.mat")})
+
+
+def _domain(root: Path, name: str) -> None:
+    """One image of each class for each split, beside the domain's two lists."""
+    domain, base = CATALOG[name].domain, root / "domainnet"
+    for number, split in enumerate(("train", "test")):
+        lines = []
+        for label, class_name in enumerate(classes(name)):
+            (path,) = _write(base / str(domain) / class_name, label, range(number, number + 1))
+            lines.append(f"{path.relative_to(base)} {label}\n")
+        (base / f"{domain}_{split}.txt").write_text("".join(lines))
+
+
+def _eurosat(root: Path) -> None:
+    for label, class_name in enumerate(classes("eurosat")):
+        _write(root / "eurosat" / "2750" / class_name, label, range(TRAIN + VAL))
 
 
 def _caltech256(root: Path) -> None:
@@ -151,7 +186,7 @@ def _flowers102(root: Path) -> None:
     scipy.io.savemat(base / "imagelabels.mat", {"labels": np.array([[label + 1 for label, _ in numbered]])})
     ids = np.arange(1, len(numbered) + 1)
     scipy.io.savemat(base / "setid.mat", {"trnid": [ids[:102]], "valid": [ids[102:204]], "tstid": [ids[204:]]})
-    sums = {f: hashlib.md5((base / f).read_bytes()).hexdigest() for f in ("imagelabels.mat", "setid.mat")}
+    sums = {f: _md5(base / f) for f in ("imagelabels.mat", "setid.mat")}
     _remember(root, "flowers102", sums)
 
 
@@ -198,7 +233,11 @@ ARCHIVES: dict[str, Callable[[Path], None]] = {
     "cifar100": lambda root: _cifar(
         root, "cifar100", "cifar-100-python", {"train": range(TRAIN), "test": range(TRAIN, 4)}, "fine_labels"
     ),
-    "mnist": _mnist,
+    "mnist": lambda root: _idx(root, "MNIST"),
+    "fashion_mnist": lambda root: _idx(root, "FashionMNIST"),
+    "svhn": _svhn,
+    "eurosat": _eurosat,
+    **{name: functools.partial(_domain, name=name) for name, entry in CATALOG.items() if entry.domain},
     "caltech256": _caltech256,
     "flowers102": _flowers102,
     "tinyimagenet": _tinyimagenet,
@@ -208,6 +247,18 @@ ARCHIVES: dict[str, Callable[[Path], None]] = {
     "imagenet-a": _wnid_folders("imagenet-a"),
 }
 LAYOUTS = {"hub": hub, "torchvision": torchvision, "folders": folders}
+
+
+def write(layout: str, root: Path, name: str) -> None:
+    """A data set of the catalog in a layout, or a set of glyphs, which has but one, under ``root/glyphs``."""
+    if name in CATALOG:
+        LAYOUTS[layout](root, name)
+    else:
+        folders(root / "glyphs", name)
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def _remember(root: Path, name: str, sums: dict[str, str]) -> None:
@@ -224,6 +275,10 @@ def accept_checksums(root: Path) -> None:
             kind.train_list = [[file, sums[file]] for file, _ in kind.train_list]
             kind.test_list = [[file, sums[file]] for file, _ in kind.test_list]
             kind.meta = {**kind.meta, "md5": sums[kind.meta["filename"]]}
+    if (root / "svhn.md5.json").is_file():
+        sums = json.loads((root / "svhn.md5.json").read_text())
+        known_splits = tv.SVHN.split_list
+        tv.SVHN.split_list = {s: [url, file, sums.get(file, md5)] for s, (url, file, md5) in known_splits.items()}
     if (root / "flowers102.md5.json").is_file():
         sums = json.loads((root / "flowers102.md5.json").read_text())
         known = tv.Flowers102._file_dict

@@ -245,7 +245,8 @@ def test_the_library_example_runs() -> None:
 def test_every_suite_is_listed() -> None:
     suites = {path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml")}
     listed = README.split("## Suites")[1].split("\n## ")[0]
-    assert suites == set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE))
+    rows = re.findall(r"^\| (`[^|]+`) \|", listed, re.MULTILINE)
+    assert sorted(suites) == sorted(name for row in rows for name in re.findall(r"`(\w+)`", row))
 
 
 def test_error_lines_are_the_program_s() -> None:

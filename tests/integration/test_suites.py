@@ -1,4 +1,4 @@
-"""Each suite on real images, from data and weights on disk: three layouts, three networks, one process and two.
+"""Each suite and stream on real images, from data and weights on disk: layouts, networks, one process and two.
 
 A few of the combinations run every time; ``pytest -m long`` runs them all.
 """
@@ -6,21 +6,30 @@ A few of the combinations run every time; ``pytest -m long`` runs them all.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from nostalgia import sweep
 from nostalgia.config import parse
+from nostalgia.config.compose import config_folder
+from nostalgia.experiment.components import complete_method
 from nostalgia.models import build_backbone, load_heads
 from nostalgia.models.export import _save_backbone
+from nostalgia.plain.yaml_files import read_yaml
 from tests.integration import many_runs
-from tests.integration.suite_data import LAYOUTS
+from tests.integration.suite_data import LAYOUTS, classes, write
 from tests.ranks import run
 from tests.unit.models.tiny import CONFIGS
 
 SUITES = ("main", "robustness", "finegrained", "ablation")
+# Streams cut from one data set: classes a task.
+SPLITS = {"cifar100_10": 10, "cifar100_20": 5, "imagenet_r_10": 20, "cub200_10": 20, "split_fashion": 2}
+STREAMS = (*SPLITS, "domainnet_6", "five_datasets", "rank_ablation", "glyphs")
+FROM_SCRATCH = ("split_fashion", "glyphs")  # these bring a small network of their own
 NETWORKS = ("vit", "deit_base_distilled", "resnet18")
 # A run of seconds, debug or not: what is asked of the eigensolver is little, the network sees 32 pixels.
 SMALL = (
@@ -31,6 +40,10 @@ SMALL = (
 REAL = (
     "train.epochs=1", "train.warmup_epochs=0", "train.head_warmup_epochs=1", "train.precision=32",
     "train.max_steps_per_epoch=8", "train.max_eval_batches=4",
+)  # fmt: skip
+QUICK = (
+    "method=finetune", "train.head_warmup_epochs=0", "train.max_steps_per_epoch=2", "train.max_eval_batches=1",
+    "logger.report=false",
 )  # fmt: skip
 
 Root = Callable[[str, str], Path]
@@ -61,9 +74,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Root:
     roots = {layout: tmp_path_factory.mktemp(layout) for layout in LAYOUTS}
 
     def root(layout: str, suite: str) -> Path:
-        for name in parse(["--suite", suite]).config.experiment.tasks or []:
+        config = parse(["--suite", suite]).config
+        for name in config.experiment.tasks or [config.dataset.name]:
             if (layout, name) not in written:
-                LAYOUTS[layout](roots[layout], name)
+                write(layout, roots[layout], name)
                 written.add((layout, name))
         return roots[layout]
 
@@ -79,12 +93,19 @@ class Plan:
         self.runs: list[Path] = []
 
     def train(self, suite: str, layout: str, network: str, *words: str) -> None:
-        root, out = self.data(layout, suite), self.folder / f"{len(self.runs)}_{suite}_{layout}_{network}"
+        out = self.folder / f"{len(self.runs)}_{suite}_{layout}_{network}"
+        self._add(suite, layout, network, f"experiment.output_dir={out}", *words)
+        self.runs.append(out / "latest")
+
+    def dry_run(self, suite: str, layout: str, network: str) -> None:
+        self._add(suite, layout, network, "--dry-run")
+
+    def _add(self, suite: str, layout: str, network: str, *words: str) -> None:
+        root = self.data(layout, suite)
         size = ["dataset.image_size=32"] if network == "resnet18" else []
         model = [f"model={network}", f"model.model_id={self.weights[network]}", *size]
-        line = ["--suite", suite, *model, f"dataset.root={root}", f"experiment.output_dir={out}", *SMALL, *words]
+        line = ["--suite", suite, *(model if suite not in FROM_SCRATCH else []), f"dataset.root={root}", *SMALL, *words]
         self.lines.append(("train", line, str(root)))
-        self.runs.append(out / "latest")
 
     def evaluate(self, *words: str) -> None:
         """Measure the last run again."""
@@ -101,15 +122,14 @@ class Plan:
 
 
 def check(run: Path) -> None:
-    """A whole run: every task's accuracy, a share of each task's images right, an export beside it."""
+    """A whole run: every task's accuracy over its classes, an export beside it where one was asked for."""
     results = json.loads((run / "results" / "results.json").read_text())
     count = len(results["tasks"])
     assert [sum(a is not None for a in row) for row in results["accuracy_matrix"]] == list(range(1, count + 1))
-    expected = {"cifar100": 100, "tinyimagenet": 200, "caltech256": 256, "imagenet100": 100, "cub200": 200}
-    for name, classes in zip(results["tasks"], results["classes"], strict=True):
-        dataset = name.partition("_")[2]
-        assert len(classes) == expected.get(dataset, {"flowers102": 102, "cifar10": 10, "mnist": 10}.get(dataset, 200))
-    assert (run / "export" / "heads.safetensors").is_file()
+    config = read_yaml(run / "config.yaml")
+    for task, names in zip(results["tasks"], results["classes"], strict=True):
+        assert len(names) == (SPLITS.get(config["experiment"]["name"]) or len(classes(task.partition("_")[2])))
+    assert (run / "export" / "heads.safetensors").is_file() == config["experiment"]["export"]
     evaluation = run / "results" / "evaluation.json"
     if evaluation.is_file():
         found = json.loads(evaluation.read_text())
@@ -136,6 +156,30 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     assert len(folder["classes"]) == 200
     assert (vit / "export" / "adapters" / "adapter_config.json").is_file()
     assert (resnet / "export" / "norm_statistics.safetensors").is_file()
+
+
+@pytest.mark.timeout(600)  # tens of seconds on a machine of its own
+def test_streams(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
+    """Each stream found by a dry run, and two steps of each of its tasks."""
+    plan = Plan(tmp_path, weights, data)
+    for suite in STREAMS:
+        plan.dry_run(suite, "torchvision", "vit")
+        plan.train(suite, "torchvision", "vit", *REAL, *QUICK)
+    plan.run(1, timeout=580)
+
+
+def test_ranks_are_swept(tmp_path: Path) -> None:
+    """The command of rank_ablation's header: plain fine-tuning, and the projection alone at each rank."""
+    text = (config_folder() / "suite" / "rank_ablation.yaml").read_text()
+    (command,) = re.findall(r"^# Command +python -m nostalgia\.sweep (.*)$", text, re.MULTILINE)
+    words = [*command.split(), f"experiment.output_dir={tmp_path}"]
+    jobs = {
+        cell.job.folder.relative_to(tmp_path).as_posix(): cell.job for cell in sweep.plan(sweep.read_options(words))
+    }
+    assert list(jobs) == ["finetune/seed0", *(f"nostalgia/strength_{k}/seed0" for k in (8, 24, 64))]
+    config = parse(list(jobs["nostalgia/strength_24/seed0"].words)).config
+    complete_method(config)
+    assert (config.method["top_k"], config.method["tail"]) == (24, "none")
 
 
 @pytest.mark.timeout(600)  # tens of seconds on a machine of its own
@@ -174,7 +218,7 @@ def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data
 def test_every_suite(tmp_path: Path, weights: dict[str, Path], data: Root, layout: str, network: str) -> None:
     """Every suite in every layout with every network: --debug, and a real epoch of a few steps."""
     plan = Plan(tmp_path, weights, data)
-    for suite in SUITES:
+    for suite in (*SUITES, *STREAMS):
         plan.train(suite, layout, network, "--debug")
         plan.train(suite, layout, network, *REAL)
         plan.evaluate()

@@ -15,6 +15,7 @@ from nostalgia.data.prepared import View
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.experiment.components import build_components, complete_method, load_tasks, task_loader
+from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.methods.loading import make_method
 
 
@@ -129,3 +130,11 @@ def test_a_batch_norm_with_one_value_per_channel_is_refused_before_training() ->
         build_components(parse([*words, "dataset.batch_size=1"]).config, accelerator, "32")
     for word in ("dataset.batch_size=2", "dataset.image_size=64", "model.norm_statistics=frozen"):
         build_components(parse([*words, "dataset.batch_size=1", word]).config, accelerator, "32")
+
+
+def test_folders_mean_the_same_in_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse(["dataset.root=here", "dataset.entries.mine.path=own", "dataset.entries.hub.hub_id=a/b"]).config
+    absolute_paths(config)
+    assert config.dataset.root == str(tmp_path / "here")
+    assert config.dataset.entries == {"mine": {"path": str(tmp_path / "own")}, "hub": {"hub_id": "a/b"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,12 @@ def test_every_data_set_of_the_catalog_has_a_file() -> None:
         ("robustness", ["imagenet100", "imagenet-r", "imagenet-a"]),
         ("finegrained", ["cifar100", "cub200", "flowers102"]),
         ("ablation", ["cifar10", "mnist"]),
+        ("rank_ablation", ["cifar10", "mnist", "cifar100"]),
+        ("five_datasets", ["cifar10", "mnist", "svhn", "fashion_mnist", "eurosat"]),
+        (
+            "domainnet_6",
+            [f"domainnet-{d}" for d in ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]],
+        ),
     ],
 )
 def test_suites_name_their_tasks_and_the_command_line_has_the_last_word(suite: str, tasks: list[str]) -> None:
@@ -157,6 +164,36 @@ def test_suites_name_their_tasks_and_the_command_line_has_the_last_word(suite: s
     assert (config.experiment.tasks, config.model.name) == (tasks, "vit")
     config = parse(["--suite", suite, "experiment.tasks=[digits]", "model=resnet18", "train.epochs=2"]).config
     assert (config.experiment.tasks, config.model.arch, config.train.epochs) == (["digits"], "resnet18", 2)
+
+
+@pytest.mark.parametrize(
+    ("suite", "dataset", "num_tasks", "epochs"),
+    [
+        ("cifar100_10", "cifar100", 10, 20),
+        ("cifar100_20", "cifar100", 20, 20),
+        ("imagenet_r_10", "imagenet-r", 10, 50),
+        ("cub200_10", "cub200", 10, 50),
+        ("split_fashion", "fashion_mnist", 5, 1),
+    ],
+)
+def test_suites_that_split_one_data_set(suite: str, dataset: str, num_tasks: int, epochs: int) -> None:
+    config = parse(["--suite", suite]).config
+    assert (config.dataset.name, config.experiment.split, config.experiment.tasks) == (dataset, "classes", None)
+    assert (config.experiment.num_tasks, config.train.epochs) == (num_tasks, epochs)
+
+
+@pytest.mark.parametrize("path", sorted((config_folder() / "suite").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_suite_says_its_command_data_time_and_figures(path: Path) -> None:
+    said = dict(re.findall(r"^# (\w+) +(\S.*)$", path.read_text(), re.MULTILINE))
+    assert {"Command", "Needs", "Takes", "Expect"} <= said.keys()
+    assert path.stem in said["Command"]
+    assert parse(["--suite", path.stem]).config.experiment.name == path.stem
+
+
+def test_glyphs_lie_under_the_root() -> None:
+    config = parse(["--suite", "glyphs", "dataset.root=/there"]).config
+    assert config.dataset.entries.keys() == set(config.experiment.tasks or [])
+    assert config.dataset.entries["greek"] == {"path": "/there/glyphs/greek"}
 
 
 def test_another_library_takes_nothing_from_the_files_network() -> None:
