@@ -1,6 +1,6 @@
 """Writes the report of a run, or of several side by side, as one HTML file.
 
-python -m nostalgia.report RUN_DIR [RUN_DIR ...] [--out FILE]
+python -m nostalgia.report RUN_DIR [RUN_DIR ...] [--out FILE] [--figure module:function]
 
 Exit codes: 0 done, 2 wrong usage or a file that cannot be written, 3 no such run.
 """
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        print(write_report(options.runs, options.out))
+        print(write_report(options.runs, options.out, own_figures=options.figure))
     except NostalgiaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: RUN_DIR/results/report.html, ./report.html for several runs"
+    )
+    parser.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a figure of your own in the report of one run: a function of its folder (docs/runs.md); may be repeated",
     )
     return parser
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.options import nearest, read_options
+from nostalgia.plain.own_code import is_own, load_own
 from nostalgia.plain.tracebacks import last_frame
 
 BUILT_IN: dict[str, str] = {
@@ -31,7 +32,6 @@ BUILT_IN: dict[str, str] = {
     "nostalgia_ewc": "NostalgiaEwc",
     "si": "SynapticIntelligence",
 }
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 
 
 def method_class(name: str) -> type[Method]:
@@ -43,7 +43,7 @@ def method_class(name: str) -> type[Method]:
     if name in BUILT_IN:
         found: type[Method] = getattr(importlib.import_module(f"nostalgia.methods.{name}"), BUILT_IN[name])
         return found
-    if not OWN.fullmatch(name):
+    if not is_own(name):
         raise UsageError(
             f"method={name}: allowed are {', '.join(sorted(BUILT_IN))}, and module:Class of your own"
             f"{nearest(name, BUILT_IN)}"
@@ -66,26 +66,13 @@ def make_method(name: str, options: Mapping[str, Any], seed: int) -> Method:
 
 
 def _own_class(name: str) -> type[Method]:
-    module_name, _, class_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module_name.startswith(error.name):
-            raise NotFoundError(
-                f"method={name}: there is no module {module_name}; run from its folder, or set PYTHONPATH"
-            ) from None
-        raise UsageError(f"method={name}: importing it failed at {last_frame(error)}") from error
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"method={name}: importing it failed at {last_frame(error)}") from error
-    kind: Any = getattr(module, class_name, None)
-    if kind is None:
-        raise NotFoundError(f"method={name}: {module.__file__} has no {class_name}")
+    kind: Any = load_own(name, f"method={name}")
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise UsageError(f"method={name}: not a class derived from nostalgia.methods.Method")
     if not is_dataclass(kind.Config):
         raise UsageError(f"method={name}: its Config is {kind.Config!r:.60}; allowed is a dataclass of options")
     if not kind.name:
-        kind.name = class_name  # results and reports need one
+        kind.name = name.partition(":")[2]  # results and reports need one
     if not (isinstance(kind.name, str) and re.fullmatch(r"[\w.+-]+", kind.name)):
         raise UsageError(f"method={name}: its name is {kind.name!r:.60}; allowed are letters, digits and _ . + -")
     found: type[Method] = kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from nostalgia.reporting import figures, figures_curvature, figures_theory, figures_training
 from nostalgia.reporting.csv_log import Record
 from nostalgia.reporting.figure_style import save
+from nostalgia.reporting.figures_own import load_figures
 from nostalgia.reporting.run_folder import RunFolder, TaskCurvature
 
 Drawer = Callable[[], Figure]
@@ -25,9 +27,14 @@ class Drawn:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def draw_run(run: RunFolder, folder: Path) -> Drawn:
-    """Draw every figure of ``run`` into ``folder``; what its files do not allow is skipped."""
-    return _draw(run_drawers(run), folder)
+def draw_run(run: RunFolder, folder: Path, own: Sequence[str] = ()) -> Drawn:
+    """Draw every figure of ``run`` into ``folder``; what its files do not allow is skipped.
+
+    ``own``: functions of the user's as ``module:function``, drawn too.
+    """
+    drawers = run_drawers(run)
+    figures = {figure.name: partial(figure.draw, run) for figure in load_figures(own, drawers)}
+    return _draw({**drawers, **figures}, folder)
 
 
 def draw_comparison(methods: Mapping[str, Sequence[RunFolder]], folder: Path) -> Drawn:

@@ -21,7 +21,7 @@ from nostalgia.reporting.run_folder import read_run
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        drawn = plot_all(options.results_dir, log_csv=options.log_csv, mem_csv=options.mem_csv)
+        drawn = plot_all(options.results_dir, log_csv=options.log_csv, mem_csv=options.mem_csv, own=options.figure)
     except NostalgiaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plot_all(results_dir: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> Drawn:
-    """Draw into ``results_dir``/figures; the run folder is the parent of ``results_dir``.
+def plot_all(
+    results_dir: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None, own: Sequence[str] = ()
+) -> Drawn:
+    """Draw into ``results_dir``/figures; the run folder is the parent of ``results_dir``; ``own`` as in `draw_run`.
 
     Raises NotFoundError where there is no such folder or file, or nothing in it to draw; UsageError where the
     figures cannot be written.
@@ -47,7 +49,7 @@ def plot_all(results_dir: Path, *, log_csv: Path | None = None, mem_csv: Path | 
         raise NotFoundError(f"--results_dir {results_dir}: no such folder; it is RUN_DIR/results of a run")
     run = read_run(folder.parent, log_csv=log_csv, mem_csv=mem_csv)
     try:
-        drawn = draw_run(run, folder / "figures")
+        drawn = draw_run(run, folder / "figures", own)
     except OSError as error:
         raise UsageError(f"{folder / 'figures'}: cannot be written ({error.strerror})") from None
     if not drawn.made:
@@ -64,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results_dir", type=Path, required=True, help="RUN_DIR/results of any run, old or partial")
     parser.add_argument("--log_csv", type=Path, help="read this instead of RUN_DIR/metrics.csv")
     parser.add_argument("--mem_csv", type=Path, help="read this instead of RUN_DIR/memory.csv")
+    parser.add_argument(
+        "--figure", action="append", default=[], metavar="MODULE:FUNCTION", help="draw this figure of your own too"
+    )
     return parser
 
 

@@ -18,16 +18,24 @@ from nostalgia.reporting.run_folder import RunFolder, read_run
 NAME = "report.html"
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None, select_seeds: Sequence[int] = ()) -> Path:
+def write_report(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    select_seeds: Sequence[int] = (),
+    own_figures: Sequence[str] = (),
+) -> Path:
     """Write the report of the runs in ``folders``; returns its path.
 
     ``select_seeds``: those that strengths were chosen on, where methods were run at several. ``out`` defaults to
-    results/report.html of a single run, and to report.html in the working folder for several.
+    results/report.html of a single run, and to report.html in the working folder for several. ``own_figures``: functions
+    of the user's as ``module:function``, for the report of a single run.
     Raises NotFoundError for a folder that is not there or holds nothing of a run, UsageError where ``out`` cannot be
-    written.
+    written, and for figures that are not as they should be.
     """
     runs = [_read(folder) for folder in _distinct(folders)]
-    page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs, select_seeds)
+    if own_figures and len(runs) > 1:
+        raise UsageError(f"--figure {own_figures[0]}: it is drawn of one run; name one RUN_DIR, not {len(runs)}")
+    page = run_page(runs[0], own_figures) if len(runs) == 1 else comparison_page(runs, select_seeds)
     target = out or (runs[0].path / "results" / NAME if len(runs) == 1 else Path(NAME))
     try:
         write_atomic(target, render(page))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from nostalgia.evaluation import transfer
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
 from nostalgia.reporting.drawing import run_drawers
+from nostalgia.reporting.figures_own import load_figures
 from nostalgia.reporting.progress import duration
 from nostalgia.reporting.report.blocks import Block, Code, Page, Pairs, Pictures, Table, Text
 from nostalgia.reporting.report.words import CAPTIONS, PREDICTION, fraction, significant
@@ -20,9 +22,14 @@ ROWS_SHOWN = 36
 NAMES = {"torch": "PyTorch", "python": "Python"}
 
 
-def run_page(run: RunFolder) -> Page:
-    """Everything about ``run``; sections whose files are missing are left out, and the last one says why."""
-    pictures = Pictures(run_drawers(run), CAPTIONS)
+def run_page(run: RunFolder, own_figures: Sequence[str] = ()) -> Page:
+    """Everything about ``run``; sections whose files are missing are left out, and the last one says why.
+
+    ``own_figures``: functions of the user's as ``module:function``, a section of their own.
+    """
+    drawers = run_drawers(run)
+    own = load_figures(own_figures, drawers)
+    pictures = Pictures({**drawers, **{figure.name: partial(figure.draw, run) for figure in own}}, CAPTIONS)
     page = Page(title=_title(run), subtitle=_subtitle(run), cards=_cards(run), notes=_notes(run))
     page.add(
         "Accuracy",
@@ -56,6 +63,7 @@ def run_page(run: RunFolder) -> Page:
         pictures("throughput"),
         pictures("memory"),
     )
+    page.add("Your figures", *(pictures(figure.name, figure.caption) for figure in own))
     page.add("Configuration", *configuration(run))
     page.add("Environment", _environment(run))
     page.add("Not shown", _missing(run, pictures))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from nostalgia.reporting.report import write_report
 from nostalgia.reporting.report.tables import escape_latex, escape_markdown
 from nostalgia.reporting.report.words import significant
 from nostalgia.reporting.settings import differences, flat, text_of
+from nostalgia.scripts import plot_all
 from tests.unit.reporting.folders import TASKS, write_forgetting, write_metrics, write_run
 from tests.unit.reporting.pages import read_page
 
@@ -285,3 +288,79 @@ def test_configurations_are_flat_exact_and_without_secrets() -> None:
 def test_reports_are_reproducible(run: Path, tmp_path: Path) -> None:
     again = write_report([run], tmp_path / "again.html")
     assert again.read_bytes() == (run / "results" / "report.html").read_bytes()
+
+
+OWN = '''
+from matplotlib.figure import Figure
+
+NUMBER = 3
+
+def accuracies(run):
+    """Accuracies, in a figure of one's own."""
+    figure = Figure()
+    figure.subplots().plot([row[0] for row in run.matrix])
+    return figure
+
+def nothing(run):
+    raise ValueError("nothing of mine to draw")
+
+def broken(run):
+    return run.no_such_thing
+
+def text(run):
+    return "no figure"
+
+def forgetting(run):
+    return Figure()
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module of the user's."""
+    (tmp_path / "own_figures_here.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_figures_here"
+    sys.modules.pop("own_figures_here", None)
+
+
+def test_figures_of_the_users_own_have_a_section(run: Path, tmp_path: Path, own: str) -> None:
+    words = [f"--figure={own}:{name}" for name in ("accuracies", "nothing")]
+    assert report.main([str(run), "--out", str(tmp_path / "page.html"), *words]) == 0
+    page = read_page(tmp_path / "page.html")
+    assert set(page.pictures) == FIGURES | {"accuracies"}
+    assert page.pictures["accuracies"] == "accuracies. Accuracies, in a figure of one's own."
+    assert "Your figures" in page.headings
+    assert "figure nothing: nothing of mine to draw" in page.text
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert plot_all.main(["--results_dir", str(copy / "results"), *words]) == 0
+    assert (copy / "results" / "figures" / "accuracies.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "line"),
+    [
+        ("own_figures_here", 2, "allowed is module:function"),
+        ("no_such_module_here:f", 3, "there is no module no_such_module_here; run from its folder"),
+        ("own_figures_here:missing", 3, "has no missing"),
+        ("own_figures_here:NUMBER", 2, "3 is no function"),
+        ("own_figures_here:forgetting", 2, "there is a figure forgetting already"),
+        ("own_figures_here:text", 2, "it returned 'no figure'; allowed is a matplotlib Figure"),
+        ("own_figures_here:broken", 2, "line 16: AttributeError"),
+    ],
+)
+def test_wrong_figures_are_refused_in_one_line(
+    run: Path, tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str], name: str, code: int, line: str
+) -> None:
+    assert report.main([str(run), "--out", str(tmp_path / "page.html"), "--figure", name]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --figure {name}: ")
+    assert line in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_figure_of_the_users_own_is_of_one_run(run: Path, tmp_path: Path, own: str, capsys) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    assert report.main([str(run), str(other), "--figure", f"{own}:accuracies"]) == 2
+    assert "name one RUN_DIR, not 2" in capsys.readouterr().err

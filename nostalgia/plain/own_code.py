@@ -1,0 +1,40 @@
+"""Loads code of the user's own, named on the command line as ``module:Name``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.plain.tracebacks import last_frame
+
+WORD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Name
+
+
+def is_own(word: str) -> bool:
+    """Whether ``word`` has the form ``module:Name``."""
+    return WORD.fullmatch(word) is not None
+
+
+def load_own(word: str, where: str) -> Any:
+    """The object that ``word``, ``module:Name``, names; errors begin with ``where``, the option it was given to.
+
+    The module is imported as Python would: from the working folder, or installed. Raises NotFoundError where there is no
+    such module or name, UsageError where importing it fails.
+    """
+    module_name, _, name = word.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.startswith(error.name):
+            raise NotFoundError(
+                f"{where}: there is no module {module_name}; run from its folder, or set PYTHONPATH"
+            ) from None
+        raise UsageError(f"{where}: importing it failed at {last_frame(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{where}: importing it failed at {last_frame(error)}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        raise NotFoundError(f"{where}: {module.__file__} has no {name}")
+    return found
