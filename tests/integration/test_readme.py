@@ -1,4 +1,4 @@
-"""README and docs/ are true: every command in them runs, every example too, every error line is the program's.
+"""README and docs/ are true: every command in them runs, every error line is the program's.
 
 A command runs as it stands, but for what its entry in COMMANDS changes to make it short. Those of the program itself
 run one after the other in one process, which saves most of the time; launch scripts start a stand-in for torchrun that
@@ -78,24 +78,28 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "RUN_DIR=runs/demo/mine launch/ddp.sh --suite demo": (
         STUBS, "=RUN_DIR=runs/stub/mine launch/ddp.sh --suite demo train.accelerator=cpu",
     ),
-    "python make_images.py": (HERE, ""),
+    "python examples/own_data.py": (HERE, ""),
     "python -m nostalgia.train experiment.tasks=[digits,./my_images] model=vit_tiny train.epochs=10": (
         HERE, RUN + " dataset.num_workers=0 method=finetune",
     ),
-    "python make_model.py": (HERE, ""),
+    "python examples/own_model.py": (HERE, ""),
     "python -m nostalgia.train dataset=digits experiment.split=classes model=vit model.model_id=./my_model": (
         LATER, RUN + " experiment.name=other",
     ),
     "python -m nostalgia.train dataset=digits experiment.split=classes model=resnet18 dataset.image_size=32 "
     "model.pretrained=false": (LATER, RUN + " experiment.name=other dataset.batch_size=8 method=finetune"),
-    "python -m nostalgia.train --suite demo method=pulling:Pulling method.strength=0.5": (
+    "python -m nostalgia.train --suite demo method=examples.own_method:Pulling method.strength=0.5": (
         HERE, RUN + " experiment.name=other",
     ),
-    "python -m nostalgia.train --suite demo method=replaying:Replaying": (HERE, RUN + " experiment.name=other"),
-    "python -m nostalgia.sweep --suite demo --methods nostalgia,pulling:Pulling --seeds 0": (
+    "python -m nostalgia.train --suite demo method=examples.own_method:Replaying": (HERE, RUN + " experiment.name=other"),
+    "python -m nostalgia.sweep --suite demo --methods nostalgia,examples.own_method:Pulling --seeds 0": (
         STUBS, "train.accelerator=cpu experiment.name=stub",
     ),
     "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results": (HERE, ""),
+    "python -m nostalgia.report runs/demo/latest --figure examples.own_figure:loss_drop": (HERE, ""),
+    "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results --figure examples.own_figure:loss_drop": (
+        HERE, "",
+    ),
     "python -m nostalgia.reporting.compare runs/demo/latest": (HERE, ""),
     "python -m nostalgia.evaluate runs/demo/latest": (HERE, ""),
     "python -m nostalgia.report runs/demo/latest": (HERE, ""),
@@ -151,14 +155,10 @@ def short(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the checkout, and takes what the commands write; the README's files are in it."""
+    """A folder that looks like the checkout, and takes what the commands write."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("nostalgia", "configs", "launch", "Makefile", "accelerate_config.yaml", "pyproject.toml"):
+    for name in ("nostalgia", "configs", "examples", "launch", "Makefile", "accelerate_config.yaml", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
-    for example in blocks("python"):
-        named = re.match(r"# (\w+\.py)\n", example)
-        if named:
-            (folder / named[1]).write_text(example)
     return folder
 
 
@@ -195,7 +195,9 @@ def driven(place: Path, environment: dict[str, str]) -> dict[str, tuple[int, str
 def driven_later(place: Path, environment: dict[str, str]) -> dict[str, tuple[int, str]]:
     later = [short(name) for name, (how, _) in COMMANDS.items() if how == LATER]
     return drive(
-        place, environment, [short("python make_model.py"), short("python -m nostalgia.train --suite demo"), *later]
+        place,
+        environment,
+        [short("python examples/own_model.py"), short("python -m nostalgia.train --suite demo"), *later],
     )
 
 
@@ -208,7 +210,7 @@ def test_every_command_is_in_the_table() -> None:
 def test_commands_of_the_program(command: str, driven: dict[str, tuple[int, str]]) -> None:
     code, output = driven[short(command)]
     assert code == 0, output
-    assert output.strip() or "make_" in command
+    assert output.strip() or "examples/own_" in command
 
 
 @pytest.mark.long
@@ -230,16 +232,6 @@ def test_commands_of_the_shell(command: str, place: Path, environment: dict[str,
 def test_commands_tested_elsewhere() -> None:
     elsewhere = [how for how, _ in COMMANDS.values() if how not in (HERE, LATER, SHELL, STUBS)]
     assert all((ROOT / file).is_file() for file in elsewhere)
-
-
-def test_the_library_example_runs() -> None:
-    (example,) = (text for text in blocks("python") if "projector" in text)
-    assert len(example.splitlines()) <= 15
-    done = subprocess.run(
-        [sys.executable, "-c", example], env=cpu_environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-5
 
 
 def test_every_suite_is_listed() -> None:
