@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import synchronise
-from bench.held import Held
 from bench.networks import Batch, loss_fn
+from bench.vector_memory import Held
 from nostalgia import HessianOperator, lanczos
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import common
-from bench.held import Held
 from bench.networks import Batch, digits, split, trained
 from bench.rivals import SOLVERS, Absent, Meter, Problem, Solved, versions
+from bench.vector_memory import Held
 from nostalgia.errors import UsageError
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.linalg.vector_space import VectorSpace

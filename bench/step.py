@@ -149,7 +149,7 @@ class Clock:
 
 
 @dataclass
-class Parts:
+class PartTimes:
     """Milliseconds by part, while ``open``."""
 
     device: torch.device
@@ -204,7 +204,7 @@ class Pair:
         kind, values = METHODS[method]
         self.method = make_method(kind, values, options.seed)
         self.images = self._images(options.image_size or make_backbone(options).image_size)
-        self.clock, self.parts = Clock(accelerator.device), Parts(accelerator.device)
+        self.clock, self.parts = Clock(accelerator.device), PartTimes(accelerator.device)
         self.optimization = Optimization(epochs=2 * options.repeats + 1, optimizer=options.optimizer, warmup_epochs=0)
 
     def measure(self) -> dict[str, Any]:
@@ -369,7 +369,7 @@ class Turns(PhaseObserver):
 
 
 @contextmanager
-def clip_timed(parts: Parts) -> Iterator[None]:
+def clip_timed(parts: PartTimes) -> Iterator[None]:
     original = step_module.clip_gradients
     parts.around(step_module, "clip_gradients", "clip")
     try:

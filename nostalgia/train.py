@@ -89,7 +89,7 @@ def _stop(watch: FailureWatch | None, exit_code: int, line: str) -> None:
     if watch.announce(exit_code, line) if watch is not None else os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     if watch is not None:
-        watch.linger()
+        watch.let_others_hear()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TASK_END = "end_of_task"
 
 
 @dataclass
-class Contents:
+class CheckpointContents:
     """What a checkpoint holds; tensors are whole, on the CPU, and no longer change."""
 
     label: str  # for people, part of the folder's name: task2_train
@@ -64,7 +64,7 @@ class CheckpointStore:
         self._pending: Future[Path] | None = None
         self._next = 1 + max((n for n, _ in _listed(self.folder)), default=0)
 
-    def write(self, contents: Contents, *, background: bool) -> None:
+    def write(self, contents: CheckpointContents, *, background: bool) -> None:
         """Write ``contents``; in the background its failure comes from the next call of `write` or `wait`.
 
         Raises OSError where it cannot be written; then nothing of it is left, and the earlier ones are whole.
@@ -87,7 +87,7 @@ class CheckpointStore:
         """Whether what was written in the background is known to have failed."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def _write(self, number: int, contents: Contents) -> Path:
+    def _write(self, number: int, contents: CheckpointContents) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"{number:06d}_{contents.label}"
         aside = self.folder / f".{target.name}.tmp"
@@ -151,7 +151,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 
 @contextlib.contextmanager
-def understood(source: object) -> Iterator[None]:
+def readable_checkpoint(source: object) -> Iterator[None]:
     """Turns what goes wrong with contents that are whole but make no sense into one NotFoundError about ``source``."""
     try:
         yield

@@ -259,10 +259,10 @@ def parameters_in_scope(model: nn.Module, parameters: Parameters) -> dict[str, n
     else:
         given = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
         names = {id(p): name for name, p in own.items()}
-        strangers = [tuple(p.shape) for p in given if id(p) not in names]
-        if strangers:
+        unknown = [tuple(p.shape) for p in given if id(p) not in names]
+        if unknown:
             raise UsageError(
-                f"{len(strangers)} of {len(given)} parameters (the first of shape {strangers[0]}) are not the "
+                f"{len(unknown)} of {len(given)} parameters (the first of shape {unknown[0]}) are not the "
                 "model's; take them from the model as it is now (wrapping by FSDP2 replaces them)"
             )
         chosen = {names[id(p)]: p for p in given}

@@ -1,4 +1,4 @@
-"""The whole spectrum at a glance: its density and its trace, by random vectors.
+"""Spectral density and trace of the curvature, estimated by random vectors.
 
 hessian-eigenthings' stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017) and Hutchinson trace, on our operators:
 vectors spread over ranks, the same numbers on each rank whatever their number.

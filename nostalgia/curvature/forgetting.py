@@ -1,4 +1,4 @@
-"""Predicted forgetting: the method's own theory, to be held against the loss that a run really loses.
+"""Predicted forgetting: the second-order increase of finished tasks' loss, to compare with the measured one.
 
 With a the parameters a task ended with, g and H its gradient and curvature there, d = theta - a the displacement since,
 q_i and lambda_i the k eigenpairs that were found, d_out the part of d outside their span, and P parameters:

@@ -170,9 +170,9 @@ def _images(
     chosen = torch.tensor(keep, dtype=torch.bool).nonzero().flatten()
     kept = [names[i] for i in chosen.tolist()]
     order = classes or class_order(rows.features[label], kept)
-    strangers = set(kept) - set(order)
-    if strangers:
-        raise NotFoundError(f"{where}: class {min(strangers)!r} of the validation split does not occur in training")
+    unknown = set(kept) - set(order)
+    if unknown:
+        raise NotFoundError(f"{where}: class {min(unknown)!r} of the validation split does not occur in training")
     index = {name: i for i, name in enumerate(order)}
     labels = torch.full((len(names),), -1, dtype=torch.int64)
     labels[chosen] = torch.tensor([index[name] for name in kept], dtype=torch.int64)

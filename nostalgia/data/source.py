@@ -85,9 +85,9 @@ def _aligned(where: str, train: ImageDataset, val: ImageDataset) -> ImageDataset
             f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; "
             "add images of it or remove the class"
         )
-    strangers = sorted(present - set(train.classes))
-    if strangers:
-        raise NotFoundError(f"{where}: class {strangers[0]!r} of the validation split does not occur in training")
+    unknown = sorted(present - set(train.classes))
+    if unknown:
+        raise NotFoundError(f"{where}: class {unknown[0]!r} of the validation split does not occur in training")
     if val.classes == train.classes:
         return val
     return Subset(val, torch.arange(len(val)), [val.classes.index(c) for c in train.classes])
@@ -97,9 +97,9 @@ def _check_wnids(entry: Entry, where: str, classes: Sequence[str]) -> None:
     """Classes named by WordNet ids must be those of the data set (names of another kind are left alone)."""
     if entry.wnids is None or not all(re.fullmatch(r"n\d{8}", c) for c in classes):
         return
-    strangers = sorted(set(classes) - set(SUBSETS[entry.wnids]))
-    if strangers:
-        raise NotFoundError(f"{where}: {strangers[0]} is not a class of {entry.name}; is this another ImageNet?")
+    unknown = sorted(set(classes) - set(SUBSETS[entry.wnids]))
+    if unknown:
+        raise NotFoundError(f"{where}: {unknown[0]} is not a class of {entry.name}; is this another ImageNet?")
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from nostalgia.checkpoint.store import TASK_END, CheckpointStore, Contents
+from nostalgia.checkpoint.store import TASK_END, CheckpointContents, CheckpointStore
 from nostalgia.config.schema import Config
 from nostalgia.errors import InterruptedRun, RunFailedError
 from nostalgia.parallel.coordination import from_main
@@ -62,7 +62,7 @@ class Checkpointer:
         run_dir: Path,
         accelerator: Accelerator,
         schedule: Schedule,
-        make: Callable[[str], Contents],
+        make: Callable[[str], CheckpointContents],
         warn: Callable[[str], None],
     ) -> None:
         self.accelerator, self.schedule, self.make, self.warn = accelerator, schedule, make, warn
@@ -82,13 +82,13 @@ class Checkpointer:
             kind = "epoch" if every.every_epochs and self._epochs % every.every_epochs == 0 else ""
         elif every.every_steps and taken % every.every_steps == 0:
             kind = "step"
-        self.reach(kind)
+        self.pause_point(kind)
 
     def after_product(self, products: int) -> None:
         """Between two products of an eigensolve."""
         every = self.schedule.every_products
         if every is not None:
-            self.reach("eigensolve" if every and products % every == 0 else "")
+            self.pause_point("eigensolve" if every and products % every == 0 else "")
             return
         if self._solve is None or products <= self._solve.products:
             self._solve = _Solve(time.perf_counter())
@@ -96,21 +96,21 @@ class Checkpointer:
         solve.products = products
         due = products % CONSIDER == 0 and from_main(self.accelerator, solve.affords(self._latest))
         before = self.seconds
-        self.reach("eigensolve" if due else "")
+        self.pause_point("eigensolve" if due else "")
         solve.spent += self.seconds - before
 
     def task_ended(self) -> None:
         """A task has ended: its checkpoint is kept."""
-        self.reach(TASK_END)
+        self.pause_point(TASK_END)
 
-    def reach(self, kind: str = "") -> None:
+    def pause_point(self, kind: str = "") -> None:
         """A point where the run may stop; a checkpoint of ``kind`` is due here, if any is.
 
         Raises InterruptedRun, on all ranks, where one was asked to stop, with a checkpoint written.
         """
         name = self.stop.agreed()
         if name:
-            self._write("stopped", background=False, must=True)
+            self._write("stopped", background=False, required=True)
             raise InterruptedRun(f"{name}: stopped with a checkpoint written; --resume goes on from there")
         if kind:
             self._write(kind, background=True)
@@ -122,23 +122,23 @@ class Checkpointer:
         if self.store is not None:
             self._guarded(self.store.wait)
 
-    def _write(self, kind: str, *, background: bool, must: bool = False) -> None:
+    def _write(self, kind: str, *, background: bool, required: bool = False) -> None:
         started = time.perf_counter()
         self.close()  # the one before must be whole before this one's parts are made
         contents = self.make(kind)
         if self.store is not None:
             store = self.store
-            self._guarded(lambda: store.write(contents, background=background), must)
+            self._guarded(lambda: store.write(contents, background=background), required)
         self._latest = time.perf_counter() - started
         self.seconds += self._latest
 
-    def _guarded(self, work: Callable[[], None], must: bool = False) -> None:
+    def _guarded(self, work: Callable[[], None], required: bool = False) -> None:
         try:
             work()
         except OSError as error:
             where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             line = f"a checkpoint could not be written: {where}"
-            if must or self.schedule.on_failure == "stop":
+            if required or self.schedule.on_failure == "stop":
                 raise RunFailedError(
                     f"{line}; free space, then --resume goes on from the last whole one "
                     "(train.on_checkpoint_failure=continue trains on without)"

@@ -23,11 +23,11 @@ from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import STAGES, RunState
 
 if TYPE_CHECKING:
-    from nostalgia.checkpoint.store import Contents
+    from nostalgia.checkpoint.store import CheckpointContents
     from nostalgia.data.tasks import Task
     from nostalgia.evaluation.accuracy import Score
     from nostalgia.experiment.components import Components
-    from nostalgia.experiment.resume import Resumed
+    from nostalgia.experiment.resume import ResumedRun
     from nostalgia.reporting.progress import Progress
     from nostalgia.reporting.results import RunResults
     from nostalgia.training.loop import Training
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Experiment:
     """The rounds of a run, one after the other: a round is one task, or all of them for joint training."""
 
-    def __init__(self, run: Components, folder: Path, progress: Progress, resumed: Resumed | None = None) -> None:
+    def __init__(self, run: Components, folder: Path, progress: Progress, resumed: ResumedRun | None = None) -> None:
         self.c, self.folder, self.progress = run, folder, progress
         self.config, self.accelerator = run.config, run.accelerator
         self.log = make_log(run, folder, self._warn, None if resumed is None else resumed.log_position)
@@ -121,8 +121,8 @@ class Experiment:
         loader = run.loader(tasks, train=True, name=name, heads=[names.index(task.head) for task in tasks])
         validate = None
         if len(tasks) == 1:
-            head, reach = names.index(tasks[0].head), self.checkpoints.reach
-            validate = lambda model: self.evaluator.score(model, tasks[0], head, reach)  # noqa: E731
+            head, pause_point = names.index(tasks[0].head), self.checkpoints.pause_point
+            validate = lambda model: self.evaluator.score(model, tasks[0], head, pause_point)  # noqa: E731
         observer = PhaseObserver(self.progress, self.log, name, state.step, validate=validate)
         model = fit_phase(
             self,
@@ -172,7 +172,7 @@ class Experiment:
         """A row of both accuracy matrices: each task seen, with the task known and not known."""
         run, state = self.c, self.state
         seen = run.tasks[: state.tasks]
-        scores = [self.evaluator.score_finished(task, self.checkpoints.reach) for task in seen]
+        scores = [self.evaluator.score_finished(task, self.checkpoints.pause_point) for task in seen]
         self.log.evaluation(
             step=state.step,
             tasks=[t.name for t in seen],
@@ -211,7 +211,7 @@ class Experiment:
             self.state.step,
             label="warmup",
             record=record,
-            finish=lambda model: self.evaluator.score(model, task, 0, self.checkpoints.reach),
+            finish=lambda model: self.evaluator.score(model, task, 0, self.checkpoints.pause_point),
         )
         backbone.set_trainable(False)  # type: ignore[operator]
         epochs = self.config.train.head_warmup_epochs
@@ -250,7 +250,7 @@ class Experiment:
             self.state.between_overhead += self.training.begin_seconds
         self.training = self.observer = None
 
-    def _contents(self, kind: str) -> Contents:
+    def _contents(self, kind: str) -> CheckpointContents:
         """All that the run depends on from here; a collective."""
         saved = copy.copy(self.state)
         saved.elapsed, saved.round_elapsed = self._elapsed(), self._round_elapsed()

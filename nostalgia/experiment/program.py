@@ -17,14 +17,14 @@ from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import run_info, run_notes
-from nostalgia.experiment.resume import Resumed, open_run
+from nostalgia.experiment.resume import ResumedRun, open_run
 from nostalgia.parallel.coordination import on_main
 from nostalgia.reporting.console import print_config, start_panel
 from nostalgia.reporting.progress import Progress
 from nostalgia.reporting.streams import make_console
 
 
-def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed | None) -> None:
+def _same_data(folder: Path, run: Components, request: Request, resumed: ResumedRun | None) -> None:
     """Record the images of a run that begins; refuse to go on with others unless they are wanted."""
     if resumed is not None and resumed.state is not None and not request.resume_override:
         check_data(folder, run.tasks, "give --resume-override to go on all the same")

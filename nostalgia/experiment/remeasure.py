@@ -93,9 +93,9 @@ def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], acce
 def _folder_task(request: EvaluationRequest, folder: Path, name: str, names: list[str], classes: list[str]) -> Task:
     train, val = class_folders(folder.resolve().name, folder)
     images = train if val is None else val
-    strangers = [c for c in images.classes if c not in classes]
-    if strangers:
-        listed = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+    unknown = [c for c in images.classes if c not in classes]
+    if unknown:
+        listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise NotFoundError(
             f"{folder}: class folders {listed} are no classes of {name}; it knows {', '.join(classes[:12])}"
             f"{', ...' if len(classes) > 12 else ''}"

@@ -21,13 +21,13 @@ from nostalgia.experiment.components import versions
 from nostalgia.methods.loading import method_class
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.reporting.trackers import flatten
-from nostalgia.training.loop import PhaseState
+from nostalgia.training.loop import SavedPhase
 
 _lock: Any = None  # the open file: held as long as the process lives
 
 
 @dataclass
-class Resumed:
+class ResumedRun:
     """A run that goes on in its folder. ``values`` is on rank 0 only; ``state`` is None where it begins anew."""
 
     run_dir: Path
@@ -37,10 +37,10 @@ class Resumed:
     references: dict[str, str] = field(default_factory=dict)
     log_position: dict[str, int] = field(default_factory=dict)
     random_state: dict[str, Any] | None = None  # this rank's
-    phase: PhaseState | None = None
+    phase: SavedPhase | None = None
 
 
-def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed | None]:
+def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, ResumedRun | None]:
     """A fresh run folder, or the one to go on in with the checkpoint to go on from.
 
     Raises, on every rank: UsageError for a configuration that is not the run's, NotFoundError for a folder that is no
@@ -53,7 +53,7 @@ def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed 
         resumed.values = _values.pop()
     resumed.state = from_main(accelerator, resumed.state)
     if resumed.state is not None:
-        with store.understood(resumed.source):
+        with store.readable_checkpoint(resumed.source):
             _keep_global_batch(request.config, resumed.state, accelerator.num_processes)
         on_main(accelerator, lambda: _save_config(request.config, folder))
     return folder, resumed
@@ -62,7 +62,7 @@ def open_run(request: Request, accelerator: Accelerator) -> tuple[Path, Resumed 
 _values: list[dict[str, Tensor]] = []  # rank 0's tensors, kept out of what is sent to all
 
 
-def _open(request: Request) -> tuple[Path, Resumed | None]:
+def _open(request: Request) -> tuple[Path, ResumedRun | None]:
     config, folder = request.config, request.run_dir
     exists = folder is not None and (folder / "config.yaml").is_file()
     if folder is not None and request.resume is None and exists:
@@ -82,11 +82,11 @@ def _open(request: Request) -> tuple[Path, Resumed | None]:
         _say(f"{folder}: no checkpoint yet, the run begins anew")
         _save_config(config, folder)
         store.discard_all(folder)
-        return folder, Resumed(folder)
+        return folder, ResumedRun(folder)
     for line in found.damaged:
         _say(f"passed over: {line}")
     state = found.state()
-    with store.understood(found.folder):
+    with store.readable_checkpoint(found.folder):
         _keep_precision(config, state["config"], request.resume_override)
         _compare(config, state["config"], request.resume_override)
         run, then = state["run"], state["versions"]
@@ -98,7 +98,7 @@ def _open(request: Request) -> tuple[Path, Resumed | None]:
         if other:
             _say(f"note: {', '.join(other)}: what follows equals the run as begun to rounding, not to the bit")
         _say(f"resuming from {found.folder} (round {run['round']}, {run['stage']}, step {_steps(state)})")
-        resumed = Resumed(
+        resumed = ResumedRun(
             run_dir=folder,
             source=str(found.folder),
             state=state,

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nostalgia.checkpoint.codec import ReadOnce, StateCodec
-from nostalgia.checkpoint.store import Contents, understood
+from nostalgia.checkpoint.store import CheckpointContents, readable_checkpoint
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, versions
 from nostalgia.experiment.heads import empty_heads
@@ -24,17 +24,17 @@ from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
 from nostalgia.parallel.modules import inner_module, named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
-from nostalgia.training.loop import PhaseState, Training
+from nostalgia.training.loop import SavedPhase, Training
 
 if TYPE_CHECKING:
     from nostalgia.experiment.analysis import Analysis
-    from nostalgia.experiment.resume import Resumed
+    from nostalgia.experiment.resume import ResumedRun
 
 FORMAT = 2  # of a checkpoint's state
 
 
 class Snapshot:
-    """Takes a run's state apart into files' contents, and puts it together again.
+    """Makes the contents of a checkpoint from a run's state, and restores a run from them.
 
     Of the backbone only what changes is kept: the rest is built anew from the same weights, which ``initial``'s
     checksum makes sure of.
@@ -57,7 +57,7 @@ class Snapshot:
             "config": OmegaConf.to_container(OmegaConf.structured(run.config), resolve=True),
         }
 
-    def take(self, kind: str, state: RunState, training: Training | None, log: dict[str, int]) -> Contents:
+    def take(self, kind: str, state: RunState, training: Training | None, log: dict[str, int]) -> CheckpointContents:
         """The contents of a checkpoint at this moment; a collective, empty of tensors on ranks other than 0."""
         run = self.run
         backbone: nn.Module = run.backbone
@@ -73,7 +73,7 @@ class Snapshot:
         label = f"task{state.round}_{state.stage}" if kind != "end_of_task" else f"task{state.round - 1}_{kind}"
         values = tensors.to_main(self._kept(backbone))
         if not tensors.is_main():
-            return Contents(label, kind, {}, {})
+            return CheckpointContents(label, kind, {}, {})
         values.update(_named("heads", {name: head.state_dict() for name, head in run.heads.items()}))
         values.update(_named("norm", {str(i): s for i, s in enumerate(run.norm_statistics)}))
         values.update({f"phase/{k}": v for k, v in phase.tensors.items()} if phase is not None else {})
@@ -90,23 +90,23 @@ class Snapshot:
         }
         # A tensor may stand under two names (the statistics of jointly trained tasks); in a file it is its own.
         values = {name: value.contiguous().clone() for name, value in values.items()}
-        return Contents(label, kind, content, values, {**method.references, **analysis.references})
+        return CheckpointContents(label, kind, content, values, {**method.references, **analysis.references})
 
-    def restore(self, resumed: Resumed) -> RunState:
+    def restore(self, resumed: ResumedRun) -> RunState:
         """Put ``resumed`` into the run's components; a collective. The phase in progress is left to its owner.
 
         Raises NotFoundError for a checkpoint that is whole but not one of this run, or of no run.
         """
-        with understood(resumed.source):
+        with readable_checkpoint(resumed.source):
             return self._restore(resumed)
 
-    def restore_random_state(self, resumed: Resumed) -> None:
+    def restore_random_state(self, resumed: ResumedRun) -> None:
         if resumed.random_state is not None:
             restore_random_state(resumed.random_state, self.run.view.device)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, resumed: Resumed) -> RunState:
+    def _restore(self, resumed: ResumedRun) -> RunState:
         run, saved = self.run, resumed.state
         assert saved is not None
         self._check_same_run(saved, resumed.source)
@@ -132,13 +132,13 @@ class Snapshot:
             self.method_state = ReadOnce(self.method_state)
         self.load_method(source)
         if saved["phase"] is not None:
-            resumed.phase = PhaseState(saved["phase"], _below("phase", values))
+            resumed.phase = SavedPhase(saved["phase"], _below("phase", values))
         return state
 
     def load_method(self, source: str) -> None:
         """Give the method its state; raises NotFoundError naming it where the state is not one of its own."""
         name = self.run.method.name
-        with understood(f"{source}, method={name}"):
+        with readable_checkpoint(f"{source}, method={name}"):
             self.run.method.load_state_dict(self.method_state)
 
     def check_method(self, source: str) -> None:
@@ -166,7 +166,7 @@ class Snapshot:
             for why in found
         ]
 
-    def _decode(self, plain: Any, resumed: Resumed) -> Any:
+    def _decode(self, plain: Any, resumed: ResumedRun) -> Any:
         run = self.run
         return self.codec.decode(plain, resumed.values, resumed.references, run.space, run.view.device)
 

@@ -1,4 +1,4 @@
-"""One door to every network: which library it is from, what it is called, whether its weights are wanted."""
+"""Makes the backbone that the configuration names, from transformers or torchvision, with or without its weights."""
 
 from __future__ import annotations
 

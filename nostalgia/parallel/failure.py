@@ -77,8 +77,8 @@ class FailureWatch:
             time.sleep(0.1)
         return None
 
-    def linger(self) -> None:
-        """Before a rank that failed ends: where it holds the store, the others must hear of it first."""
+    def let_others_hear(self) -> None:
+        """Wait before a failed rank ends, where it holds the store, until the others have read of the failure there."""
         if self._store is not None and self.rank == 0 and not launcher_holds_store():
             time.sleep(2 * POLL_SECONDS)
 

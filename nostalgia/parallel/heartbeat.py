@@ -1,4 +1,4 @@
-"""Who of the ranks has fallen silent: stopped, or on a machine that is gone.
+"""Heartbeats of the ranks: finds those that are stopped, or whose machine is gone.
 
 Every rank's watch thread leaves a growing count in the group's store; a rank that is busy, however long, goes on
 counting, a process that is stopped does not. Silence is measured in the watcher's own rounds, never by a clock: a

@@ -1,4 +1,4 @@
-"""What finished tasks forbid, and how a training step obeys."""
+"""Gradient projection: removes protected directions from gradients and steps."""
 
 from nostalgia.projection.kronecker_memory import KroneckerMemory
 from nostalgia.projection.memory import CurvatureMemory, MemoryUpdate

@@ -1,4 +1,4 @@
-"""Consoles that outlive their output: a closed pipe or a lost terminal ends the talking, not the training."""
+"""Consoles whose failures do not end the run: after a closed pipe or a lost terminal nothing more is printed."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nostalgia.checkpoint.store import understood
+from nostalgia.checkpoint.store import readable_checkpoint
 from nostalgia.data.stream import TaskLoader
 from nostalgia.errors import RunFailedError
 from nostalgia.methods.base import Method, TaskContext
@@ -74,7 +74,7 @@ class Observer(Protocol):
 
 
 @dataclass
-class PhaseState:
+class SavedPhase:
     """A phase between two steps: ``position`` is plain JSON, ``tensors`` are whole, on rank 0's CPU."""
 
     position: dict[str, Any]
@@ -149,7 +149,7 @@ class Training:
         phase.accelerator.free_memory()
         return trained
 
-    def capture(self) -> PhaseState:
+    def capture(self) -> SavedPhase:
         """Where the phase stands, the heads in training and the optimizer; the backbone is its owner's to keep.
 
         A collective: all ranks call it, between two steps.
@@ -162,19 +162,19 @@ class Training:
             "scheduler": self.scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        return PhaseState(position, tensors.to_main({**self._heads(), **self._optimizer_state()}))
+        return SavedPhase(position, tensors.to_main({**self._heads(), **self._optimizer_state()}))
 
-    def restore(self, state: PhaseState, source: str) -> None:
+    def restore(self, state: SavedPhase, source: str) -> None:
         """Go on from ``state``, given whole on rank 0 (tensors may be missing on others); the backbone has its values.
 
         Raises NotFoundError, naming ``source``, where the state is not one of this phase.
         """
-        with understood(source):
+        with readable_checkpoint(source):
             self._restore(state, source)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _restore(self, state: PhaseState, source: str) -> None:
+    def _restore(self, state: SavedPhase, source: str) -> None:
         position = state.position
         self.epoch, self.step, self.taken = position["epoch"], position["step"], position["taken"]
         self._make_optimizer_state(

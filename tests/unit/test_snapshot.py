@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from nostalgia.config import parse
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import build_components
-from nostalgia.experiment.resume import Resumed
+from nostalgia.experiment.resume import ResumedRun
 from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import RunState
 from nostalgia.methods import Method
@@ -70,7 +70,7 @@ def test_what_a_method_does_not_take_up_of_its_state_is_refused_by_name(kind: ty
     analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
     snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
     taken = snapshot.take("stopped", RunState(), None, {})
-    resumed = Resumed(Path(), source="a checkpoint", state=taken.state, values=taken.tensors)
+    resumed = ResumedRun(Path(), source="a checkpoint", state=taken.state, values=taken.tensors)
 
     def go_on() -> None:
         snapshot.restore(resumed)
@@ -109,6 +109,6 @@ def test_what_another_number_of_ranks_changes_is_said(
     taken.tensors.update({name.replace("ranks/0", "ranks/1", 1): value for name, value in own.items()})
     for ranks in (1, 2):
         state = {**taken.state, "ranks": taken.state["ranks"] * ranks}
-        snapshot.restore(Resumed(Path(), source="a checkpoint", state=state, values=taken.tensors))
+        snapshot.restore(ResumedRun(Path(), source="a checkpoint", state=state, values=taken.tensors))
         found = capsys.readouterr().out
         assert found == "" if ranks == 1 or not said else f"was on 2 ranks, it goes on with 1: {said}" in found

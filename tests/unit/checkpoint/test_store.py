@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from nostalgia.checkpoint import files, store
-from nostalgia.checkpoint.store import TASK_END, CheckpointStore, Contents, newest
+from nostalgia.checkpoint.store import TASK_END, CheckpointContents, CheckpointStore, newest
 from nostalgia.errors import NotFoundError
 
 
-def contents(number: int, kind: str = "step", references: dict[str, str] | None = None) -> Contents:
+def contents(number: int, kind: str = "step", references: dict[str, str] | None = None) -> CheckpointContents:
     tensors = {"backbone/weight": torch.full((3, 2), float(number)), "ranks/0/torch": torch.arange(9).byte()}
     label = f"task1_{kind if kind == TASK_END else 'train'}"
-    return Contents(label, kind, {"run": {"step": number}}, tensors, references or {})
+    return CheckpointContents(label, kind, {"run": {"step": number}}, tensors, references or {})
 
 
 def write(run_dir: Path, *numbers: int, keep: int = 2) -> CheckpointStore:
