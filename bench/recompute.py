@@ -26,13 +26,15 @@ def cells(folder: Path) -> dict[tuple[str, float | None], dict[int, dict]]:
 
 
 def measures(results: dict) -> dict[str, float | None]:
-    """ACC, BWT and LA from the accuracy matrix, class-incremental ACC from its own."""
+    """ACC, BWT and LA from the accuracy matrix, class-incremental ACC from its own; a joint run has its last row alone."""
     matrix, count = results["accuracy_matrix"], len(results["tasks"])
+    learned = [matrix[u][u] for u in range(count)]
+    whole = None not in learned
     unknown = results.get("class_incremental")
     return {
         "acc": math.fsum(matrix[-1]) / count,
-        "bwt": math.fsum(matrix[-1][u] - matrix[u][u] for u in range(count - 1)) / (count - 1),
-        "learning_accuracy": math.fsum(matrix[u][u] for u in range(count)) / count,
+        "bwt": math.fsum(matrix[-1][u] - learned[u] for u in range(count - 1)) / (count - 1) if whole else None,
+        "learning_accuracy": math.fsum(learned) / count if whole else None,
         "class_incremental": None if unknown is None else math.fsum(unknown["accuracy_matrix"][-1]) / count,
     }
 
@@ -47,8 +49,8 @@ def main(arguments: list[str]) -> int:
         for name in values[0]:
             mine = None if values[0][name] is None else math.fsum(v[name] for v in values) / len(values)  # type: ignore[misc]
             theirs = point["mean"][name]
-            if mine is None or theirs is None or abs(mine - theirs) > 1e-12:
-                wrong += mine != theirs
+            if mine != theirs and (mine is None or theirs is None or abs(mine - theirs) > 1e-12):
+                wrong += 1
                 print(f"{point['method']} {point['strength']} {name}: {theirs} in the file, {mine} recomputed")
     print(f"{len(frontier['points'])} points, {wrong} numbers differ")
     return 1 if wrong else 0

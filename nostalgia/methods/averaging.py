@@ -14,22 +14,22 @@ from nostalgia.methods.base import Method, TaskContext
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
-MODES = ("uniform", "greedy", "interpolation")
+MODES = ("interpolation", "uniform", "greedy")
 
 
 @dataclass(frozen=True)
 class AveragingConfig:
     mode: str = option(
-        "uniform",
-        "uniform: the mean of all task ends; greedy: that mean where the mean validation accuracy over the tasks seen does not "
-        "fall; interpolation: between the network before and after the task.",
+        "interpolation",
+        "interpolation: between the network before and after the task; uniform: the mean of all task ends; greedy: that mean where the mean validation accuracy over the tasks seen does not "
+        "fall.",
         choices=MODES,
     )
     share: float = option(0.5, "Of interpolation: the share of the new task's end.", above=0, high=1)
 
 
 class Averaging(Method):
-    """theta_t <- mean of the ends of tasks 1..t (uniform), theta_{t-1} + share (theta_t - theta_{t-1}) (interpolation).
+    """theta_t <- theta_{t-1} + share (theta_t - theta_{t-1}) (interpolation), or the mean of the ends of tasks 1..t (uniform).
 
     Model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482; each task begins at the average so far. greedy
     looks at validation images of earlier tasks. Remembers P numbers.
