@@ -21,8 +21,8 @@ MODES = ("interpolation", "uniform", "greedy")
 class AveragingConfig:
     mode: str = option(
         "interpolation",
-        "interpolation: between the network before and after the task; uniform: the mean of all task ends; greedy: that mean where the mean validation accuracy over the tasks seen does not "
-        "fall.",
+        "interpolation: between the network before and after the task; uniform: the mean of all task ends; greedy: that mean "
+        "where the mean validation accuracy over the tasks seen does not fall.",
         choices=MODES,
     )
     share: float = option(0.5, "Of interpolation: the share of the new task's end.", above=0, high=1)
