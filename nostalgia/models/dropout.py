@@ -19,13 +19,24 @@ class DropoutKeys:
     """What decides the masks of a network's present forward pass, and of its recomputation in the backward one."""
 
     samples: Tensor | None = None  # (B,) int32, a key for each sample; None: torch's generator decides
+    layers: int = 0  # whose masks they decide
     elements: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)  # hashed counters, by their number
+    _hashed: tuple[Tensor | None, Tensor, Tensor] | None = None  # samples, offsets and factors (layers, B, 1)
 
     def of(self, count: int, device: torch.device) -> Tensor:
         """(count,) int32: one number for each element of a sample."""
         if (count, device) not in self.elements:
             self.elements[count, device] = _mix_(torch.arange(count, dtype=torch.int32, device=device))
         return self.elements[count, device]
+
+    def hashes(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Offsets and odd factors (B, 1) int32 of a layer's hash, made for all layers at once: few launches on a GPU."""
+        if self._hashed is None or self._hashed[0] is not self.samples or layer >= len(self._hashed[1]):
+            assert self.samples is not None
+            numbers = torch.arange(self.layers, dtype=torch.int32, device=self.samples.device)
+            offsets = _mix_(self.samples ^ numbers[:, None])[..., None]
+            self._hashed = self.samples, offsets, _mix_(offsets + 1) | 1
+        return self._hashed[1][layer], self._hashed[2][layer]
 
 
 class SampleDropout(nn.Dropout):
@@ -38,6 +49,7 @@ class SampleDropout(nn.Dropout):
     def __init__(self, p: float, layer: int, keys: DropoutKeys) -> None:
         super().__init__(p)
         self.layer, self.keys = layer, keys
+        keys.layers = max(keys.layers, layer + 1)
 
     def forward(self, input: Tensor) -> Tensor:
         samples = self.keys.samples
@@ -46,10 +58,9 @@ class SampleDropout(nn.Dropout):
         if samples is None or input.dim() == 0 or len(input) % len(samples):
             return F.dropout(input, self.p, training=True)
         elements = self.keys.of(input.numel() // len(samples), input.device)
-        offset = _mix_(samples ^ self.layer)
-        factor = _mix_(offset + 1) | 1
+        offset, factor = self.keys.hashes(self.layer)
         # Multiply-add hashing (Dietzfelbinger et al. 1997) of the hashed elements, in wrapping int32: uniform, in one pass.
-        hashed = torch.addcmul(offset[:, None], elements, factor[:, None])  # (B, elements of a sample)
+        hashed = torch.addcmul(offset, elements, factor)  # (B, elements of a sample)
         dropped = (hashed < round(self.p * 2**32) - 2**31).view(input.shape)
         return (input * (1 / (1 - self.p))).masked_fill(dropped, 0.0)
 
