@@ -182,9 +182,7 @@ class Training:
         )
         tensors.from_main({**self._heads(), **self._optimizer_state()}, state.tensors, source)
         self.scheduler.last_epoch = position["scheduler"] - 1
-        with warnings.catch_warnings():  # torch counts the optimizer's steps of this process alone
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
-            self.scheduler.step()
+        self._advance_rate()
         if self.phase.accelerator.scaler is not None and position["scaler"] is not None:
             self.phase.accelerator.scaler.load_state_dict(position["scaler"])
 
@@ -219,12 +217,22 @@ class Training:
         self.taken, self.step = self.taken + 1, self.step + 1
         lr = float(self.scheduler.get_last_lr()[0])
         if not result.skipped:
-            self.scheduler.step()
+            self._advance_rate()
         self._images += result.num_samples
         log = self.taken % phase.log_every == 0 or self.step == self.steps_per_epoch
         phase.observer.step_taken(self.taken, self._record(lr, result) if log else None)
         if phase.guard is not None and phase.guard_every and self.taken % phase.guard_every == 0:
             phase.guard(dict(self.parameters), f"{phase.where}, epoch {self.epoch}, step {self.step}")
+
+    def _advance_rate(self) -> None:
+        """A step of the scheduler, without torch's warning of its order.
+
+        torch counts the optimizer's steps of this process alone, not those before a resume, and only those of the method it
+        found at first, which Accelerate replaces where gradients are scaled.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+            self.scheduler.step()
 
     def _record(self, lr: float, result: StepResult) -> StepRecord:
         """Reduce a step's sums over ranks; the rate is that of the images since the last record."""
