@@ -109,8 +109,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "python -m nostalgia.train --config runs/demo/latest/config.yaml": (LATER, ""),
     **{
         f"python -m bench.{name}": ("tests/integration/test_bench.py", "")
-        for name in ("products", "solvers", "projection", "pipeline")
+        for name in ("products", "solvers", "projection", "step", "pipeline")
     },
+    "python -m bench.study": ("tests/unit/test_results_page.py", ""),
     "python -m tests.faults.soak": ("tests/faults/test_soak.py", ""),
 }  # fmt: skip
 
