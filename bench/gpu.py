@@ -81,72 +81,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def all_stages(device: str, small: bool, out: Path) -> list[Stage]:
     """The stages in order; small ones take seconds each."""
-    python = [sys.executable, "-m"]
-    accelerator = "gpu" if device == "cuda" else "cpu"
+    tests = Stage("tests", [*PYTHON, "pytest", "-m", "gpu", "-n", "0", "-rs"])
+    return [*([tests] if device == "cuda" else []), *benchmarks(device, small, out), *trainings(device, small, out)]
 
-    def bench(name: str, sizes: str, least: str) -> Stage:
-        words = [*python, f"bench.{name.partition('-')[0]}", "--device", device, *(least if small else sizes).split()]
-        return Stage(name, [*words, "--out", str(out / f"{name}.json")], writes_json=True)
 
-    two = [*python, "torch.distributed.run", "--nproc_per_node", "2", "-m", "nostalgia.train"]
-    demo = ["--suite", "demo", f"train.accelerator={accelerator}", *(SMALL_RUN if small else [])]
-    real = [
-        "dataset=fashion_mnist",
-        "experiment.split=classes",
-        "experiment.num_tasks=5",
-        f"train.accelerator={accelerator}",
-    ]
-    real += (
-        ["model=vit_tiny", *SMALL_RUN, "curvature.num_samples=16"]
-        if small
-        else [
-            "model=vit",
-            "model.pretrained=false",
-            "train.precision=bf16",
-            "train.epochs=3",
-            "train.warmup_epochs=0.5",
-            "dataset.batch_size=64",
-        ]
-    )
-    # gloo, which two ranks on one card need, has no FSDP2 on CUDA tensors.
-    apart = device == "cpu" or torch.cuda.device_count() > 1
-    fsdp = [("fsdp", [*two, *demo], {"ACCELERATE_USE_FSDP": "true"})] if apart else []
-    runs = [
-        Stage(
-            f"{name}-{method}", [*words, f"method={method}", f"experiment.output_dir={out / f'{name}-{method}'}"], env
-        )
-        for name, words, env in (
-            ("ddp", [*two, *demo], ONE_CARD),
-            *fsdp,
-            ("real", [*python, "nostalgia.train", *real], {}),
-        )
-        for method in ("nostalgia", "kronecker", "finetune")
-    ]
-    tests = Stage("tests", [*python, "pytest", "-m", "gpu", "-n", "0", "-rs"])
-    return [
-        *([tests] if device == "cuda" else []),
-        bench("solvers", "--epochs 5", "--num-samples 16 --k 2 --tol 0.5 --epochs 1 --repeats 1 --solvers nostalgia"),
-        bench(
-            "products",
+def benchmarks(device: str, small: bool, out: Path) -> list[Stage]:
+    """Each with its sizes, and the least ones."""
+    sizes = {
+        "solvers": ("--epochs 5", "--num-samples 16 --k 2 --tol 0.5 --epochs 1 --repeats 1 --solvers nostalgia"),
+        "products": (
             "--model vit_b16 --num-samples 64",
             "--model vit_tiny --num-samples 8 --repeats 1 --methods hessian --precisions float32",
         ),
-        *(
-            bench(
-                f"step-{network}-{part}",
-                f"--network {network} --{part} --precision bf16 --batch-size 32 --steps 5",
+        **{
+            f"step-{network}-{scope}": (
+                f"--network {network} --{scope} --precision bf16 --batch-size 32 --steps 5",
                 SMALL_STEP,
             )
-            for network, part in (("vit_s", "lora"), ("vit_b", "lora"), ("vit_b", "whole"), ("resnet50", "whole"))
-        ),
-        bench("projection", "--model vit_b16 --k 64", "--parameters 1000 --k 4 --repeats 1"),
-        bench("pipeline", "--num-images 2048", "--num-images 16 --image-size 32 --workers 0 --repeats 1"),
-        *runs,
+            for network, scope in (("vit_s", "lora"), ("vit_b", "lora"), ("vit_b", "whole"), ("resnet50", "whole"))
+        },
+        "projection": ("--model vit_b16 --k 64", "--parameters 1000 --k 4 --repeats 1"),
+        "pipeline": ("--num-images 2048", "--num-images 16 --image-size 32 --workers 0 --repeats 1"),
+    }
+    stages = []
+    for name, pair in sizes.items():
+        words = [*PYTHON, f"bench.{name.partition('-')[0]}", "--device", device, *pair[small].split()]
+        stages.append(Stage(name, [*words, "--out", str(out / f"{name}.json")], writes_json=True))
+    return stages
+
+
+def trainings(device: str, small: bool, out: Path) -> list[Stage]:
+    """Two ranks on the demo, and one on Fashion-MNIST, by three methods each."""
+    accelerator = f"train.accelerator={'gpu' if device == 'cuda' else 'cpu'}"
+    two = [*PYTHON, "torch.distributed.run", "--nproc_per_node", "2", "-m", "nostalgia.train", "--suite", "demo"]
+    two += SMALL_RUN if small else []
+    one = [*PYTHON, "nostalgia.train", *FASHION, *(SMALL_NETWORK if small else NETWORK)]
+    kinds = [("ddp", two, ONE_CARD), ("fsdp", two, {"ACCELERATE_USE_FSDP": "true"}), ("real", one, {})]
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        # gloo, which two ranks on one card need, has no FSDP2 on CUDA tensors.
+        kinds = [kind for kind in kinds if kind[0] != "fsdp"]
+    return [
+        Stage(name, [*words, accelerator, f"method={method}", f"experiment.output_dir={out / name}"], environment)
+        for kind, words, environment in kinds
+        for method in ("nostalgia", "kronecker", "finetune")
+        for name in [f"{kind}-{method}"]
     ]
 
 
+PYTHON = [sys.executable, "-m"]
+FASHION = ["dataset=fashion_mnist", "experiment.split=classes", "experiment.num_tasks=5"]
+NETWORK = [
+    "model=vit", "model.pretrained=false", "train.precision=bf16", "train.epochs=3", "train.warmup_epochs=0.5",
+    "dataset.batch_size=64",
+]  # fmt: skip
 SMALL_STEP = "--network vit_tiny --batch-size 2 --steps 1 --repeats 1 --methods finetune,kronecker"
 SMALL_RUN = ["train.epochs=1", "train.max_steps_per_epoch=2", "train.max_eval_batches=1", "experiment.export=false"]
+SMALL_NETWORK = ["model=vit_tiny", *SMALL_RUN, "curvature.num_samples=16"]
 ONE_CARD = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 

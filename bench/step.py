@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import nn
 from bench import common
 from bench.networks import CLASSES, MODELS
 from bench.projection import cosine_memory
+from bench.step_clocks import Clock, PartTimes
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.resizing import Resizing
@@ -123,79 +122,6 @@ def benchmark(options: argparse.Namespace) -> None:
     common.report(options, accelerator.device, results, [_table(rows, options, accelerator.num_processes)])
 
 
-class Clock:
-    """Milliseconds since `start`: processor time, or events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.began: Any = None
-
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.process_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self) -> None:
-        self.began = self.now()
-
-    def stop(self) -> float:
-        ended = self.now()
-        if self.cuda:
-            ended.synchronize()
-            return float(self.began.elapsed_time(ended))
-        return 1e3 * float(ended - self.began)
-
-
-@dataclass
-class PartTimes:
-    """Milliseconds by part, while ``open``."""
-
-    device: torch.device
-    open: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        if not self.open:
-            yield
-            return
-        began = self._now()
-        yield
-        self.seconds[part] += 1e3 * (self._now() - began)
-
-    def around(self, owner: Any, name: str, part: str) -> None:
-        """Put the clock of ``part`` around ``owner.name``."""
-        inner = getattr(owner, name)
-
-        def timed(*arguments: Any, **keywords: Any) -> Any:
-            with self.of(part):
-                return inner(*arguments, **keywords)
-
-        setattr(owner, name, timed)
-
-    def around_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the clock of ``optimizer`` around its own step, by hooks: schedulers mind a step that is replaced."""
-        running: list[Any] = []
-
-        def begin(*_: Any) -> None:
-            running.append(self.of("optimizer"))
-            running[-1].__enter__()
-
-        def end(*_: Any) -> None:
-            running.pop().__exit__(None, None, None)
-
-        optimizer.register_step_pre_hook(begin)
-        optimizer.register_step_post_hook(end)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
-        return time.process_time()
-
-
 class Pair:
     """The product's training of one method and the plain loop, on equal networks and loaders, in turns."""
 
@@ -225,7 +151,7 @@ class Pair:
             "ratio": statistics.median(ratios),
             "ratio_range": [ratios[0], ratios[-1]],
             "windows_ms": [[ours / steps, theirs / steps] for ours, theirs in pairs],
-            "parts_ms": {part: self.parts.seconds[part] / (steps * count) for part in PARTS},
+            "parts_ms": {part: self.parts.milliseconds[part] / (steps * count) for part in PARTS},
         }
 
     def _turn(

@@ -6,7 +6,8 @@ FOLDER of --weights is a pretrained ViT as `save_pretrained` leaves it, that of 
 Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on the stream
 CHOOSE with one seed; the one of the highest final accuracy is then run on the streams REPORT with all seeds. The line can be
 given again: what is complete is not run again. OUT holds the runs, study.json (every run's figures, the strengths) and
-study.md (the table: mean and standard error over seeds; `left` is the forgetting in per cent of fine-tuning's).
+study.md (the table: mean and standard error over seeds; `left` is the forgetting in per cent of fine-tuning's, `p` that of a
+paired t test of the final accuracy against fine-tuning's).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import ttest_1samp
 
 from bench.forks import run_missing
 from nostalgia.errors import NotFoundError
@@ -161,9 +164,9 @@ def table(found: dict[str, Any]) -> str:
         here = {(run["arm"], run["seed"]): run for run in done if run["stream"] == stream}
         lines += [
             f"\n**{stream}**\n",
-            "| method | strength | seeds | ACC | BWT | LA | left | class-inc. | MB | s | extra s |",
+            "| method | strength | seeds | ACC | BWT | LA | left | class-inc. | MB | s | extra s | p |",
         ]
-        lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+        lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arm, strength in found["chosen"].items():
             seeds = [seed for name, seed in here if name == arm and ("finetune", seed) in here]
             if seeds:
@@ -185,9 +188,17 @@ def _row(arm: str, strength: float | None, runs: Sequence[dict[str, Any]], plain
         arm, "" if strength is None else f"{strength:g}", str(len(runs)), shown("acc"), shown("bwt"),
         shown("learning_accuracy"), f"{round(left) or 0} %", f"{statistics.mean(run['class_incremental'] for run in runs):.3f}",
         f"{statistics.mean(run['memory_bytes'] for run in runs) / 1e6:.1f}",
-        f"{statistics.mean(run['seconds'] for run in runs):.0f}", f"{extra:.1f}",
+        f"{statistics.mean(run['seconds'] for run in runs):.0f}", f"{extra:.1f}", _p_value(runs, plain),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _p_value(runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
+    """Of a two-sided paired t test over seeds of the final accuracy against fine-tuning's."""
+    differences = [run["acc"] - other["acc"] for run, other in zip(runs, plain, strict=True)]
+    if len(set(differences)) < 2:
+        return ""
+    return f"{ttest_1samp(differences, 0.0).pvalue:.2g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -83,27 +83,7 @@ class Method:
     All ranks call every hook together, so a hook may use collectives. ``self.config`` holds the options (``method.<option>`` on
     the command line), ``self.task`` the `TaskContext` of the task in training, from before `begin_task` to after `end_task`.
 
-    Example::
-
-        class Anchored(Method):
-            name = "anchored"
-
-            @dataclass(frozen=True)
-            class Config:
-                strength: float = option(1.0, "Of the pull to the start of the task.", low=0)
-
-            def begin_task(self, task):
-                self.start = {name: p.detach().clone() for name, p in task.parameters.items()}
-
-            def gradients(self):
-                for name, p in self.task.parameters.items():
-                    p.grad.add_(p.detach() - self.start[name], alpha=self.config.strength)
-
-            def state_dict(self):
-                return {"start": self.start}
-
-            def load_state_dict(self, state):
-                self.start = state["start"]
+    `examples/own_method.py` has a regulariser and a replay method, each complete.
     """
 
     name: ClassVar[str] = ""
