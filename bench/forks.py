@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -11,10 +12,13 @@ from collections.abc import Sequence
 from nostalgia.sweep_runner import Job
 
 
-def run_missing(jobs: Sequence[Job], at_a_time: int, until: float | None = None) -> None:
+def run_missing(
+    jobs: Sequence[Job], at_a_time: int, until: float | None = None, keep: Sequence[str] | None = None
+) -> None:
     """Run what is not complete, ``at_a_time`` forks at once; none begins after ``until`` (of `time.monotonic`).
 
-    A run's output is in its log, and so is the reason of one that fails.
+    A run's output is in its log, and so is the reason of one that fails. Of a complete run's folder only ``keep`` stays; None:
+    all of it (a run of ten tasks holds ten checkpoints and their memories).
     """
     import nostalgia.experiment.program  # noqa: F401  before the forks, which then have it
 
@@ -29,14 +33,14 @@ def run_missing(jobs: Sequence[Job], at_a_time: int, until: float | None = None)
         if until is not None and time.monotonic() > until:
             break
         if os.fork() == 0:
-            _run(job)
+            _run(job, keep)
         under_way += 1
         print(job.name, flush=True)
     for _ in range(under_way):
         os.wait()
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, keep: Sequence[str] | None) -> None:
     """In a fork: the run, its output in the job's log; ends the process."""
     code = 1
     try:
@@ -50,6 +54,10 @@ def _run(job: Job) -> None:
 
         torch.set_num_threads(1)
         code = train.main([*job.words, "--run-dir", str(job.folder), "--resume", "auto"])
+        if code == 0 and keep is not None:
+            for entry in job.folder.iterdir():
+                if entry.name not in keep and entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
     finally:
         sys.stdout.flush()
         os._exit(code)

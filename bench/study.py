@@ -3,24 +3,25 @@
 python -m bench.study OUT --weights FOLDER --glyphs FOLDER [--seeds 0,1,2,3,4] [--jobs 16] [--minutes M] [KEY=VALUE ...]
 
 FOLDER of --weights is a pretrained ViT as `save_pretrained` leaves it, that of --glyphs what `python -m bench.glyphs` writes;
-Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on the stream
-CHOOSE with one seed; the one of the highest final accuracy is then run on the streams REPORT with all seeds. The line can be
-given again: what is complete is not run again. OUT holds the runs, study.json (every run's figures, the strengths) and
-study.md (the table: mean and standard error over seeds; `left` is the forgetting in per cent of fine-tuning's, `p` that of a
-paired t test of the final accuracy against fine-tuning's).
+Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on two streams of
+their own, a short and a long one, with one seed; that of the highest mean final accuracy is then run on the other
+streams with all seeds (none with --seeds ""). The line can be given again: what is complete is not run again. OUT holds the
+runs, study.json (every run's figures, the strengths) and study.md (the table: mean and standard error over seeds; `left` is the
+forgetting in per cent of fine-tuning's, `p` that of a paired t test of the final accuracy against fine-tuning's).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,50 +41,76 @@ TRAINING = (
     "train.checkpoint_every_epochs=1000",
 )  # fmt: skip
 CHOOSING_SEED = 100
+CHOOSING_STREAMS = ("choose on four tasks", "choose on ten tasks")
 KEYS = ("acc", "bwt", "learning_accuracy", "memory_bytes", "seconds")
+FRESH = "model.lora.merge=task"
+SAME = "model.lora.merge=never"
+
+Candidate = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: a method, its options, and the strengths that are searched."""
+    """A row of the table: a method, words of all its runs, and the values of its options that are searched."""
 
     method: str
     words: tuple[str, ...] = ()
-    option: str = "strength"
-    grid: tuple[float, ...] = ()
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def candidates(self) -> list[Candidate]:
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+def shown(candidate: Candidate) -> str:
+    return " ".join(f"{option}={value:g}" for option, value in candidate.items())
 
 
 ARMS = {
-    "finetune": Arm("finetune"),
-    "heads_only": Arm("heads_only"),
-    "kronecker": Arm("kronecker", grid=(1, 10, 100, 1000)),
-    "nostalgia": Arm("nostalgia", option="tail_strength", grid=(1, 10, 100, 1000)),
-    "kronecker with anchor": Arm("kronecker", ("method.anchor=1",), grid=(1, 3, 10)),
-    "projection alone": Arm("nostalgia", ("method.tail=none",), "top_k", (32, 128)),
-    "ewc": Arm("ewc", grid=(1, 10, 100, 1000, 10000)),
-    "ewc_lora": Arm("ewc_lora", grid=(1, 10, 100, 1000, 10000)),
-    "lwf": Arm("lwf", grid=(0.1, 1, 10, 100)),
-    "l2sp": Arm("l2sp", grid=(0.001, 0.01, 0.1, 1)),
-    "gpm": Arm("gpm", option="threshold", grid=(0.9, 0.97, 0.99, 0.999)),
-    "agem": Arm("agem", option="budget_bytes", grid=(100_000, 1_000_000, 10_000_000)),
+    "finetune": Arm("finetune", (SAME,)),
+    "finetune, fresh": Arm("finetune", (FRESH,)),
+    "heads_only": Arm("heads_only", (SAME,)),
+    "nostalgia": Arm("nostalgia", (FRESH,), {"tail_strength": (1, 3, 10), "tail_temperature": (2, 4)}),
+    "kronecker": Arm("kronecker", (FRESH,), {"strength": (1, 3, 10, 30), "temperature": (2, 4)}),
+    "projection": Arm("nostalgia", (SAME, "method.tail=none"), {"top_k": (32, 128)}),
+    "projection, fresh": Arm("nostalgia", (FRESH, "method.tail=none"), {"top_k": (32, 128)}),
+    "ewc": Arm("ewc", (SAME,), {"strength": (100, 1000, 10000)}),
+    "ewc_lora": Arm("ewc_lora", (), {"strength": (10, 100, 1000)}),
+    "lwf": Arm("lwf", (SAME,), {"strength": (0.1, 1, 10)}),
+    "lwf, fresh": Arm("lwf", (FRESH,), {"strength": (0.1, 1, 10)}),
+    "gpm": Arm("gpm", (SAME,), {"threshold": (0.8, 0.9, 0.97)}),
+    "l2sp": Arm("l2sp", (SAME,), {"strength": (0.01, 0.1)}),
+    "agem": Arm("agem", (SAME,), {"budget_bytes": (1_000_000, 10_000_000)}),
+}
+# The search before: what temperature, an anchor and fresh adapters change.
+PENALTY = (3, 10, 30, 100, 300)
+VARIANTS = {
+    **{f"kronecker T={T}": Arm("kronecker", (SAME,), {"strength": PENALTY, "temperature": (T,)}) for T in (1, 2, 4)},
+    "kronecker T=4 fresh": Arm("kronecker", (FRESH,), {"strength": PENALTY, "temperature": (4,)}),
+    "kronecker T=4 anchor": Arm(
+        "kronecker", (SAME, "method.anchor=1"), {"strength": PENALTY[:-1], "temperature": (4,)}
+    ),
 }
 
 
 def streams(glyphs: Path) -> dict[str, tuple[str, ...]]:
-    """Words that set the tasks of each stream; the first is the one to choose on."""
+    """Words that set the tasks of each stream; the first two are those to choose on."""
 
     def glyph(script: str, first: int, count: int) -> str:
         classes = ", ".join(f"'{number:02d}'" for number in range(first, first + count))
         return f"{{dataset: {glyphs / script}, classes: [{classes}]}}"
 
-    ten = [glyph(script, first, 4) for first in range(0, 20, 4) for script in ("cyrillic", "latin_lower")]
+    def ten(*scripts: str) -> tuple[str, str]:
+        # A task has 300 images: more epochs, for about as many steps as the others take.
+        tasks = [glyph(script, first, 4) for first in range(0, 20, 4) for script in scripts]
+        return f"experiment.tasks=[{', '.join(tasks)}]", "train.epochs=9"
+
     four = [glyph("latin_lower", 0, 20), "fashion_mnist", glyph("cyrillic", 0, 20)]
     chosen_on = [glyph("greek", 0, 20), "digits", glyph("latin_upper", 0, 20), glyph("symbols", 0, 20)]
     return {
-        "choose": (f"experiment.tasks=[{', '.join(chosen_on)}]",),
+        CHOOSING_STREAMS[0]: (f"experiment.tasks=[{', '.join(chosen_on)}]",),
+        CHOOSING_STREAMS[1]: ten("greek", "latin_upper"),
         "fashion in 5": ("dataset=fashion_mnist", "experiment.split=classes", "experiment.num_tasks=5"),
-        # A task has 300 images: more epochs, for about as many steps as the others take.
-        "glyphs in 10": (f"experiment.tasks=[{', '.join(ten)}]", "train.epochs=9"),
+        "glyphs in 10": ten("cyrillic", "latin_lower"),
         "letters, clothes, letters": (f"experiment.tasks=[{', '.join(four)}]",),
     }
 
@@ -94,39 +121,40 @@ class Study:
         self.streams = streams(options.glyphs.resolve())
         model = ("model=vit", f"model.model_id={options.weights.resolve()}")
         self.words = ("--quiet", *model, *TRAINING, *words)
-        self.arms = {name: ARMS[name] for name in options.arms.split(",")}
+        known = {**ARMS, **VARIANTS}
+        self.arms = {name: known[name] for name in options.arms.split(";")}
 
-    def job(self, stream: str, name: str, strength: float | None, seed: int) -> Job:
+    def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
         words = [*self.words, *self.streams[stream], f"method={arm.method}", *arm.words, f"experiment.seed={seed}"]
-        label = name
-        if strength is not None:
-            words.append(f"method.{arm.option}={strength:.12g}")
-            label += f" {strength:g}"
+        words += [f"method.{option}={value:.12g}" for option, value in candidate.items()]
+        label = f"{name} {shown(candidate)}".strip()
         folder = self.options.out / f"{stream}/{label}/seed{seed}".replace(" ", "_").replace(",", "")
         return Job(f"{stream}: {label}, seed {seed}", folder, tuple(words), measures(folder) is not None)
 
-    def choosing(self) -> Iterator[tuple[str, float | None, Job]]:
+    def choosing(self) -> Iterator[tuple[str, Candidate, list[Job]]]:
+        """Each arm with each of its candidates, and its runs on the streams to choose on."""
         for name, arm in self.arms.items():
-            for strength in arm.grid or (None,):
-                yield name, strength, self.job("choose", name, strength, CHOOSING_SEED)
+            for candidate in arm.candidates():
+                yield name, candidate, [self.job(s, name, candidate, CHOOSING_SEED) for s in CHOOSING_STREAMS]
 
-    def chosen(self) -> dict[str, float | None]:
-        """The strength of the highest final accuracy on the stream to choose on, of each arm that has a complete run."""
-        best: dict[str, tuple[float, float | None]] = {}
-        for name, strength, job in self.choosing():
-            found = measures(job.folder)
-            if found is not None and (name not in best or found["acc"] > best[name][0]):
-                best[name] = found["acc"], strength
-        return {name: strength for name, (_, strength) in best.items()}
+    def chosen(self) -> dict[str, Candidate]:
+        """The options of the highest mean final accuracy on the streams to choose on, of each arm with complete runs."""
+        best: dict[str, tuple[float, Candidate]] = {}
+        for name, candidate, jobs in self.choosing():
+            found = [measures(job.folder) for job in jobs]
+            mean = statistics.fmean(run["acc"] if run is not None else -math.inf for run in found)
+            if mean > (best[name][0] if name in best else -math.inf):
+                best[name] = mean, candidate
+        return {name: candidate for name, (_, candidate) in best.items()}
 
     def reported(self, seeds: Sequence[int]) -> Iterator[tuple[str, str, int, Job]]:
         """Seed by seed, so that a study that is cut short has whole tables of fewer seeds."""
         chosen = self.chosen()
         for seed in seeds:
-            for stream in list(self.streams)[1:]:
-                for name, strength in chosen.items():
-                    yield stream, name, seed, self.job(stream, name, strength, seed)
+            for stream in list(self.streams)[len(CHOOSING_STREAMS) :]:
+                for name, candidate in chosen.items():
+                    yield stream, name, seed, self.job(stream, name, candidate, seed)
 
 
 def measures(folder: Path) -> dict[str, Any] | None:
@@ -146,8 +174,9 @@ def measures(folder: Path) -> dict[str, Any] | None:
 
 def summary(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     choice = [
-        {"arm": name, "strength": strength, **(measures(job.folder) or {"failed": str(job.log)})}
-        for name, strength, job in study.choosing()
+        {"stream": stream, "arm": name, "options": candidate, **(measures(job.folder) or {"failed": str(job.log)})}
+        for name, candidate, jobs in study.choosing()
+        for stream, job in zip(CHOOSING_STREAMS, jobs, strict=True)
     ]
     runs = [
         {"stream": stream, "arm": name, "seed": seed, **(measures(job.folder) or {"failed": str(job.log)})}
@@ -164,20 +193,20 @@ def table(found: dict[str, Any]) -> str:
         here = {(run["arm"], run["seed"]): run for run in done if run["stream"] == stream}
         lines += [
             f"\n**{stream}**\n",
-            "| method | strength | seeds | ACC | BWT | LA | left | class-inc. | MB | s | extra s | p |",
+            "| method | options | seeds | ACC | BWT | LA | left | class-inc. | MB | s | extra s | p |",
         ]
         lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
-        for arm, strength in found["chosen"].items():
+        for arm, candidate in found["chosen"].items():
             seeds = [seed for name, seed in here if name == arm and ("finetune", seed) in here]
             if seeds:
                 lines.append(
-                    _row(arm, strength, [here[arm, seed] for seed in seeds], [here["finetune", s] for s in seeds])
+                    _row(arm, candidate, [here[arm, seed] for seed in seeds], [here["finetune", s] for s in seeds])
                 )
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _row(arm: str, strength: float | None, runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
-    def shown(key: str) -> str:
+def _row(arm: str, candidate: Candidate, runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
+    def mean(key: str) -> str:
         values = [run[key] for run in runs]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return f"{statistics.mean(values):.3f} ± {error:.3f}"
@@ -185,8 +214,8 @@ def _row(arm: str, strength: float | None, runs: Sequence[dict[str, Any]], plain
     left = 100 * sum(run["bwt"] for run in runs) / sum(run["bwt"] for run in plain)
     extra = statistics.mean(sum(run["overhead_seconds"].values()) for run in runs)
     cells = [
-        arm, "" if strength is None else f"{strength:g}", str(len(runs)), shown("acc"), shown("bwt"),
-        shown("learning_accuracy"), f"{round(left) or 0} %", f"{statistics.mean(run['class_incremental'] for run in runs):.3f}",
+        arm, shown(candidate), str(len(runs)), mean("acc"), mean("bwt"),
+        mean("learning_accuracy"), f"{round(left) or 0} %", f"{statistics.mean(run['class_incremental'] for run in runs):.3f}",
         f"{statistics.mean(run['memory_bytes'] for run in runs) / 1e6:.1f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}", f"{extra:.1f}", _p_value(runs, plain),
     ]  # fmt: skip
@@ -207,17 +236,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--weights", type=Path, required=True, help="a pretrained ViT's folder")
     parser.add_argument("--glyphs", type=Path, required=True, help="what python -m bench.glyphs wrote")
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--arms", default=",".join(ARMS), help="default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="reported (default %(default)s)")
+    parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no run after that")
     options, words = parser.parse_known_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = [int(seed) for seed in options.seeds.split(",") if seed]
     study = Study(options, words)
-    run_missing([job for *_, job in study.choosing()], options.jobs, until)
-    run_missing([job for *_, job in study.reported(seeds)], options.jobs, until)
+    run_missing([job for *_, jobs in study.choosing() for job in jobs], options.jobs, until, keep=("results",))
+    run_missing([job for *_, job in study.reported(seeds)], options.jobs, until, keep=("results",))
     found = summary(study, seeds)
     (options.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "study.md").write_text(table(found))

@@ -140,14 +140,9 @@ def _check_conflicts(config: Config) -> None:
         raise UsageError(
             "analysis.predict_forgetting=true with method=joint: no task ends before another begins; use auto or false"
         )
-    if config.analysis.predict_forgetting == "true" and model.lora.merge == "task":
-        raise UsageError(
-            "analysis.predict_forgetting=true with model.lora.merge=task: merged adapters do not say how far the network has "
-            "moved; use auto or false"
-        )
     if model.scope == "lora-only" and not model.use_lora:
         raise UsageError("model.scope=lora-only without adapters: set model.use_lora=true, or model.scope=backbone")
-    for key, value in (("merge", model.lora.merge != "never"), ("freeze_a", model.lora.freeze_a)):
+    for key, value in (("merge", model.lora.merge == "task"), ("freeze_a", model.lora.freeze_a)):
         if value and not model.use_lora:
             raise UsageError(f"model.lora.{key} without adapters: set model.use_lora=true, or leave it out")
     if model.framework == "torchvision" and model.arch is None:

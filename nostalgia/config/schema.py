@@ -88,9 +88,10 @@ class LoraConfig:
         None, "Layer names adapters go on; null: the attention projections of the architecture."
     )
     merge: str = option(
-        "never",
-        "task: before each later task the adapters are added into the weights and begun anew (B = 0).",
-        choices=("never", "task"),
+        "auto",
+        "task: before each later task the adapters are added into the weights and begun anew (B = 0); auto: with the methods "
+        "that keep more so, see docs/methods.md.",
+        choices=("auto", "never", "task"),
     )
     freeze_a: bool = option(False, "Train B alone; A stays as it was drawn.")
 

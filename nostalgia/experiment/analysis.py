@@ -34,8 +34,7 @@ class Analysis:
         self.bases, self.factors = SavedBases(run, folder), SavedFactors(run, folder)
         self.forgetting = ForgettingObserver(run, folder, warn, self.bases, self.factors)
         # Merged adapters begin anew: their parameters no longer say how far the network has moved.
-        merged = run.method.restarts_adapters or run.config.model.lora.merge == "task"
-        self.predicts = "false" if merged else run.config.analysis.predict_forgetting
+        self.predicts = "false" if run.merges_adapters else run.config.analysis.predict_forgetting
 
     def task_ended(self, task: Task) -> Eigenpairs | None:
         """Record the task's curvature; returns its eigenpairs, None where the run has none."""

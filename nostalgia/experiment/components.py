@@ -17,6 +17,7 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
+from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import Method
 from nostalgia.methods.loading import make_method, method_class
@@ -60,6 +61,10 @@ class Components:
 
     def augmentations(self, tasks: Sequence[Task]) -> list[str]:
         return augmentations(self.config, tasks)
+
+    @property
+    def merges_adapters(self) -> bool:
+        return merges_adapters(self.config, self.method)
 
     def epochs(self, task: Task) -> int:
         per_task = self.config.train.epochs_per_task
@@ -174,7 +179,7 @@ def build_components(
     check_optimizer(config.train.optimizer, sharded=strategy(accelerator) == "fsdp2")
     if tasks is None:
         tasks = load_tasks(config, accelerator)
-    method = agree(accelerator, lambda: chosen_method(config))
+    method = agree(accelerator, lambda: checked_method(config))
     backbone = agree(accelerator, lambda: make_backbone(config, download_weights))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
@@ -258,6 +263,24 @@ def complete_method(config: Config) -> None:
     check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
+
+
+def checked_method(config: Config) -> Method:
+    """The run's method; UsageError where the analysis asked for cannot be had with it."""
+    method = chosen_method(config)
+    if config.analysis.predict_forgetting == "true" and merges_adapters(config, method):
+        raise UsageError(
+            "analysis.predict_forgetting=true with adapters that are merged after each task: they do not say how far the "
+            "network has moved; use analysis.predict_forgetting=auto, or model.lora.merge=never where the method allows it"
+        )
+    return method
+
+
+def merges_adapters(config: Config, method: Method) -> bool:
+    """Adapters are added into the weights and begun anew before each later task."""
+    merge = config.model.lora.merge
+    wanted = merge == "task" or (merge == "auto" and method.prefers_merged_adapters)
+    return config.model.use_lora and (wanted or method.restarts_adapters)
 
 
 def chosen_method(config: Config) -> Method:

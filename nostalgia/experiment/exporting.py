@@ -39,6 +39,7 @@ def export_run(run_dir: Path, run: Components, results: RunResults, argv: Sequen
         tasks=cards,
         command=shlex.join(["python", "-m", "nostalgia.train", *argv]),
         method=results.method,
-        model_id=model.model_id if model.pretrained else None,
+        # Merged adapters belong to the network of backbone/, no longer to the weights that the run began with.
+        model_id=model.model_id if model.pretrained and not run.merges_adapters else None,
         norm_statistics=dict(zip(heads, statistics, strict=False)),
     )

@@ -68,7 +68,7 @@ def begin_adapters_anew(run: Components, task: Task) -> None:
     """Merge the adapters into the weights, where the method or ``model.lora.merge`` wants it."""
     if run.method.restarts_adapters:
         restart_adapters(run.backbone, run.config.experiment.seed * 1000 + task.index)
-    elif run.config.model.lora.merge == "task":
+    elif run.merges_adapters:
         restart_adapters(run.backbone, None)
 
 

@@ -43,7 +43,7 @@ class Snapshot:
     def __init__(self, run: Components, analysis: Analysis, initial: Mapping[str, Tensor], folder: Path) -> None:
         self.run, self.analysis, self.codec = run, analysis, StateCodec(folder)
         self.changing = {name for name, p in run.backbone.named_parameters() if p.requires_grad}
-        if run.method.restarts_adapters or run.config.model.lora.merge == "task":
+        if run.merges_adapters:
             self.changing |= set(merged_weights(run.backbone))
         self.initial = _fingerprint(initial) if tensors.is_main() else ""
         self.method_state: Any = None  # of a resumed run: to be given once more when its task has begun

@@ -98,7 +98,10 @@ class Method:
     needs_metric: bool = False
     """Takes steps in the optimizer's metric, which must be known; an instance may set it."""
     restarts_adapters: bool = False
-    """Merge LoRA adapters into the weights and begin them anew (B = 0) before every task but the first."""
+    """Merge LoRA adapters into the weights and draw them anew (B = 0) before every task but the first, whatever
+    ``model.lora.merge``."""
+    prefers_merged_adapters: bool = False
+    """What ``model.lora.merge=auto`` means: merge and begin anew (B = 0, A as it is), or never; an instance may set it."""
     strengths: ClassVar[tuple[float, ...]] = ()
     """Grid over which a comparison searches `strength_option`."""
     strength_option: ClassVar[str] = "strength"

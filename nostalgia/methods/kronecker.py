@@ -22,7 +22,7 @@ class KroneckerConfig:
     strength: float = option(10.0, "lam of lam/2 sum tr(G D A D^T).", low=0)
     num_samples: int = option(256, "Training images of a finished task that its factors are taken over.", low=1)
     draws: int = option(4, "Output cotangents a sample.", low=1)
-    temperature: float = option(1.0, "Of the softmax whose Gauss-Newton matrix is the output metric.", above=0)
+    temperature: float = option(4.0, "Of the softmax whose Gauss-Newton matrix is the output metric.", above=0)
     budget_bytes: int | None = option(
         2**28, "Factors on a rank, beyond which all tasks become one pair a layer; null: never.", low=0
     )
@@ -42,6 +42,7 @@ class Kronecker(Method):
     name = "kronecker"
     Config = KroneckerConfig
     strengths = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    prefers_merged_adapters = True
 
     def __init__(self, config: KroneckerConfig, seed: int = 0) -> None:
         super().__init__(config, seed)

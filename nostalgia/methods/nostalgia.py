@@ -20,7 +20,7 @@ from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.distillation import Distillation, has_earlier_heads
 from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
-from nostalgia.methods.tail import TAILS, TailOptions, make_tail
+from nostalgia.methods.tail import TAILS, KroneckerTail, TailOptions, make_tail
 from nostalgia.models.objective import Output
 from nostalgia.options import option
 from nostalgia.projection import GradientProjector
@@ -53,7 +53,7 @@ class NostalgiaConfig(EigenspaceConfig):
     tail_strength: float = option(10.0, "lam of the tail's penalty.", low=0)
     tail_samples: int = option(256, "Training images of a finished task that its tail is taken over.", low=1)
     tail_draws: int = option(4, "Output cotangents a sample, of tail=kronecker.", low=1)
-    tail_temperature: float = option(1.0, "Of the output metric of tail=kronecker.", above=0)
+    tail_temperature: float = option(4.0, "Of the output metric of tail=kronecker.", above=0)
     tail_budget_bytes: int | None = option(
         2**28,
         "Of tail=kronecker: factors on a rank, beyond which all tasks become one pair a layer; null: never.",
@@ -88,6 +88,7 @@ class Nostalgia(Method):
         )
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"
+        self.prefers_merged_adapters = isinstance(self.tail, KroneckerTail)
         self.distillation: Distillation | None = None
         self.num_tasks = 1
         self._fraction: Tensor | None = None

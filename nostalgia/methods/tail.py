@@ -30,7 +30,7 @@ class TailOptions:
     strength: float = 10.0
     num_samples: int = 256
     draws: int = 4
-    temperature: float = 1.0
+    temperature: float = 4.0
     budget_bytes: int | None = None
 
 
