@@ -205,6 +205,23 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
+def choice_table(found: dict[str, Any]) -> str:
+    """Markdown: what was chosen from, one run a stream."""
+    runs = {(run["arm"], shown(run["options"]), run["stream"]): run for run in found["choice"]}
+    lines = [
+        f"| method | options | {' | '.join(f'{s}: ACC | BWT | LA | left' for s in CHOOSING_STREAMS)} |",
+        "|" + 10 * "---|",
+    ]
+    for arm, options in dict.fromkeys((arm, options) for arm, options, _ in runs):
+        cells = [arm, options]
+        for stream in CHOOSING_STREAMS:
+            run, plain = runs[arm, options, stream], runs["finetune", "", stream]
+            cells += [f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy")]
+            cells.append(f"{round(100 * run['bwt'] / plain['bwt']) or 0} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _row(arm: str, candidate: Candidate, runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
     def mean(key: str) -> str:
         values = [run[key] for run in runs]

@@ -40,7 +40,7 @@ CASES["dropout"] = [
     "method=finetune", "model.config.hidden_dropout_prob=0.2", "train.gradient_accumulation_steps=2", *LORA,
 ]  # fmt: skip
 CASES["ewc_lora lora"] = ["method=ewc_lora", "method.strength=100", "method.num_samples=37", *LORA]
-CASES["kronecker restarted lora"] = [*CASES["kronecker lora"], "model.lora.merge=task"]
+CASES["kronecker kept lora"] = [*CASES["kronecker lora"], "model.lora.merge=never"]
 CASES["diagonal"] = ["method=nostalgia", "method.top_k=3", "method.tail=diagonal", "method.project=soft"]
 CASES["isotropic"] = ["method=nostalgia", "method.top_k=3", "method.tail=isotropic", "method.merge=ema"]
 CASES["shared head"] = [

@@ -9,18 +9,42 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.study import table
+from bench.study import choice_table, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def test_the_table_of_the_study_is_made_of_its_runs() -> None:
-    assert table(json.loads((DOCS / "results" / "study.json").read_text())) in (DOCS / "results.md").read_text()
+def study(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DOCS / "results" / f"{name}.json").read_text())
+    return found
 
 
-def test_the_runs_of_the_study_are_what_their_accuracy_matrices_say() -> None:
-    runs = json.loads((DOCS / "results" / "study.json").read_text())["runs"]
-    assert len(runs) == 130
+def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
+    page = (DOCS / "results.md").read_text()
+    assert table(study("study")) in page
+    assert choice_table(study("study_variants")) in page
+
+
+def test_what_the_page_says_of_the_earlier_study_is_of_its_runs() -> None:
+    runs = study("study_earlier")["runs"]
+    bwt = {(run["stream"], run["arm"], run["seed"]): run["bwt"] for run in runs}
+    streams = list(dict.fromkeys(run["stream"] for run in runs))
+    for arm, expected in (("l2sp", [63, 103, 94]), ("agem", [11, 74, 66])):
+        left = []
+        for stream in streams:
+            seeds = [s for s in range(5) if (stream, arm, s) in bwt and (stream, "finetune", s) in bwt]
+            left.append(
+                round(100 * sum(bwt[stream, arm, s] for s in seeds) / sum(bwt[stream, "finetune", s] for s in seeds))
+            )
+        assert left == expected
+        words = f"{left[0]}, {left[1]} and {left[2]} %"
+        assert words in (DOCS / "results.md").read_text()
+
+
+def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
+    found = [study(name) for name in ("study", "study_variants", "study_earlier")]
+    runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
+    assert len(runs) == 285
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
