@@ -19,20 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nostalgia.curvature.kronecker import KroneckerFactors, adapter_form
 from nostalgia.errors import UsageError
 from nostalgia.models.adapters import add_gradient
-
-
-@dataclass
-class LayerTerms:
-    """The terms of one layer, one a task or one for all; ``parameters`` and ``scaling`` as in `LayerFactors`."""
-
-    inputs: Tensor  # (terms, i, i)
-    outputs: Tensor  # (terms, o, o)
-    parameters: tuple[str, ...]
-    scaling: float | None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.inputs, self.outputs))
+from nostalgia.projection.adapter_group import AdapterGroup, LayerTerms, adapter_groups, whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,7 @@ class KroneckerMemory:
         self.strength, self.budget_bytes, self.tasks = strength, budget_bytes, 0
         self.layers: dict[str, LayerTerms] = {}
         self.diagonal: dict[str, Tensor] = {}  # summed over tasks, in parameter shape
+        self.groups: list[AdapterGroup] | None = None  # of the layers and the reference point; None: to be made
         self.reference: dict[str, Tensor] = {}  # parameters at the reference point; shards where they are trained so
 
     @property
@@ -93,6 +81,7 @@ class KroneckerMemory:
     def anchor(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let the reference point be ``parameters`` as they are now."""
         self.reference = {name: parameters[name].detach().clone() for name in self._names()}
+        self.groups = None
 
     @torch.no_grad()
     def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -102,22 +91,16 @@ class KroneckerMemory:
         """
         if self.strength == 0:
             return
+        if self.groups is None:
+            self.groups = adapter_groups(list(self.layers.values()), self.reference)
+        for group in self.groups:
+            group.add_gradients(parameters, self.strength)
         for layer in self.layers.values():
             if layer.scaling is None:
                 (name,) = layer.parameters
                 change = self._change(name, parameters).flatten(1)
                 force = (layer.outputs @ change @ layer.inputs).sum(dim=0)
                 add_gradient(parameters[name], self.strength * force.view(parameters[name].shape))
-                continue
-            (a, b), (left, right) = self._adapter(layer, parameters)
-            weighted = self.strength * layer.scaling**2 * (layer.outputs @ left)  # (terms, o, 2r)
-            through = right @ layer.inputs  # (terms, 2r, i)
-            name_a, name_b = layer.parameters
-            if parameters[name_a].requires_grad:
-                of_a = ((b.T @ weighted) @ through).sum(dim=0)
-                add_gradient(parameters[name_a], of_a.view(parameters[name_a].shape))
-            of_b = (weighted @ (through @ a.T)).sum(dim=0)
-            add_gradient(parameters[name_b], of_b.view(parameters[name_b].shape))
         for name, diagonal in self.diagonal.items():
             add_gradient(parameters[name], self.strength * diagonal * self._change(name, parameters))
 
@@ -161,6 +144,7 @@ class KroneckerMemory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave; the reference point lies as the present one does, if there is one."""
+        self.groups = None
         self.tasks = state["tasks"]
         self.layers = {
             name: LayerTerms(kept["inputs"], kept["outputs"], tuple(kept["parameters"]), kept["scaling"])
@@ -190,7 +174,7 @@ class KroneckerMemory:
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A (r, i) and B (o, r), and B A - B* A* = [B, -B*] [A; A*] as a product of (o, 2r) and (2r, i)."""
         (a, b), (a0, b0) = (
-            tuple(_whole(source[name]).flatten(1) for name in layer.parameters)
+            tuple(whole(source[name]).flatten(1) for name in layer.parameters)
             for source in (parameters, self.reference)
         )
         return (a, b), (torch.cat([b, -b0], dim=1), torch.cat([a, a0]))
@@ -246,7 +230,3 @@ def _root(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
