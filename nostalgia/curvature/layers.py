@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nostalgia.curvature.network import Network
+from nostalgia.models.adapters import is_adapted
 
 
 @dataclass
@@ -45,7 +45,7 @@ def find_layers(network: Network) -> tuple[list[Layer], list[str]]:
         owner, _, attribute = name.rpartition(".")
         adapted, mark, _ = name.partition(".lora_A." if ".lora_A." in name else ".lora_B.")
         module: Any = modules[adapted if mark else owner]
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = module.get_base_layer() if is_adapted(module) else module
         if not _supported(base) or attribute != "weight":
             rest.append(name)
         elif mark:

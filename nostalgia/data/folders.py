@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from nostalgia.data.images import FileImages
 from nostalgia.errors import NotFoundError
 
@@ -20,7 +18,10 @@ SPLITS = {
 }
 ALL_SPLITS = {name for names in SPLITS.values() for name in names}
 #: Endings of image files that are read: torchvision's, and others that Pillow decodes (of a gif the first frame).
-ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
+ENDINGS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",  # torchvision's
+    ".gif", ".jfif", ".jpe", ".avif",
+)  # fmt: skip
 
 Identity = tuple[int, int]  # (device, inode) of a folder
 
@@ -67,9 +68,7 @@ def scan(name: str, folder: Path, drop: Sequence[str] = ()) -> FileImages:
     for label, class_name in enumerate(classes):
         found = list(_images_below(os.path.join(folder, class_name), above, set(), left))
         if not found:
-            raise NotFoundError(
-                f"{folder / class_name}: class folder without an image ({', '.join(IMG_EXTENSIONS[:4])}, ...)"
-            )
+            raise NotFoundError(f"{folder / class_name}: class folder without an image ({', '.join(ENDINGS[:4])}, ...)")
         paths += found
         labels += [label] * len(found)
     images = FileImages(name, paths, labels, [unicodedata.normalize("NFC", c) for c in classes])

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from nostalgia.errors import NotFoundError
 
@@ -188,7 +187,8 @@ def decode(file: str | BytesIO, where: str, at_least: int | None, top: Callable[
             if at_least is not None:
                 # JPEG decodes at 1/2, 1/4 or 1/8 for less than the whole cost; other formats ignore this.
                 image.draft("RGB", (at_least, at_least))
-            return tv.pil_to_tensor(to_rgb(image, top))
+            pixels = np.array(to_rgb(image, top))  # (H, W, 3); a copy: Pillow's memory is not ours
+            return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotFoundError(f"{where}: not a readable image ({reason}); replace or remove it") from None

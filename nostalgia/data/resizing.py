@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 LONGEST = 50  # sides to one: a strip of 1 x 50,000 pixels would be resized to 224 x 11 million
 
@@ -23,7 +22,7 @@ class Resizing:
     size: int
     edge: int = 0
     stretch: bool = False
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    interpolation: str = "bilinear"  # the value of one of torchvision's InterpolationMode
 
     @property
     def target(self) -> int:
@@ -59,7 +58,10 @@ class Resizing:
         sides = [target, target] if stretch else [target]
         if images.shape[-2:] == (target, target):
             return images
-        return tv.resize(images, sides, interpolation=self.interpolation, antialias=True)
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as tv
+
+        return tv.resize(images, sides, interpolation=InterpolationMode(self.interpolation), antialias=True)
 
 
 def centre(images: Tensor, height: int, width: int) -> Tensor:
@@ -73,6 +75,6 @@ def centre(images: Tensor, height: int, width: int) -> Tensor:
     ]
     if any(missing):
         x, y = missing
-        images = tv.pad(images, [x // 2, y // 2, (x + 1) // 2, (y + 1) // 2])
+        images = F.pad(images, [x // 2, (x + 1) // 2, y // 2, (y + 1) // 2])
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]

@@ -11,11 +11,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from nostalgia.data.catalog import AUGMENTATIONS
 from nostalgia.data.resizing import Resizing
@@ -23,10 +23,23 @@ from nostalgia.errors import UsageError
 
 Shift = Callable[[Tensor], Tensor]
 
+
+def _torchvision(name: str, **options: Any) -> Shift:
+    """A function of torchvision's, imported with its first call: a second of every command's start otherwise."""
+
+    def call(images: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as tv
+
+        result: Tensor = getattr(tv, name)(images, **options)
+        return result
+
+    return call
+
+
 SHIFTS: dict[str, Shift] = {
-    "invert": tv.invert,
-    "grayscale": lambda images: tv.rgb_to_grayscale(images, num_output_channels=3),
-    "blur": lambda images: tv.gaussian_blur(images, kernel_size=[5, 5]),
+    "invert": _torchvision("invert"),
+    "grayscale": _torchvision("rgb_to_grayscale", num_output_channels=3),
+    "blur": _torchvision("gaussian_blur", kernel_size=[5, 5]),
     "rotate90": lambda images: images.rot90(1, (-2, -1)),
     "rotate180": lambda images: images.rot90(2, (-2, -1)),
     "rotate270": lambda images: images.rot90(3, (-2, -1)),

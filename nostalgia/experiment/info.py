@@ -48,6 +48,7 @@ def run_info(run: Components, request: Request, folder: Path) -> RunInfo:
         suite=request.suite,
         memory_bytes=plan.bytes,
         memory=plan.text,
+        merges_adapters=run.merges_adapters,
     )
 
 

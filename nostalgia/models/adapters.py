@@ -8,14 +8,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -98,10 +97,12 @@ def attach_lora(
 
 
 def _inject(backbone: Backbone, targets: list[str], r: int, alpha: int, dropout: float, seed: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     adapters = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
     with seeded(seed):
         inject_adapter_in_model(adapters, backbone.model)
-    adapted = {name for name, module in backbone.model.named_modules() if isinstance(module, BaseTunerLayer)}
+    adapted = {name for name, module in backbone.model.named_modules() if is_adapted(module)}
     assert adapted == set(targets), f"PEFT adapted {adapted ^ set(targets)} besides or not"
     for layer in _adapted_layers(backbone).values():
         base = layer.get_base_layer()
@@ -230,15 +231,21 @@ def adapters_of(backbone: nn.Module) -> dict[str, Adapter]:
     return found
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether ``module`` is PEFT's: a layer with an adapter around it."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # none of its classes exists before it is imported
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
 def scalings(backbone: nn.Module) -> dict[str, float]:
     """The factor s of W + s B A of every adapted layer, by its name within ``backbone``."""
-    layers: dict[str, Any] = {n: m for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers: dict[str, Any] = {n: m for n, m in backbone.named_modules() if is_adapted(m)}
     return {name: float(layer.scaling["default"]) for name, layer in layers.items()}
 
 
 def _adapted_layers(backbone: Backbone) -> dict[str, Any]:
     """Adapted layers by name within ``backbone.model``."""
-    return {name: m for name, m in backbone.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name: m for name, m in backbone.model.named_modules() if is_adapted(m)}
 
 
 def merged(backbone: Backbone) -> Backbone:
@@ -254,7 +261,7 @@ def without_adapters(backbone: Backbone) -> Backbone:
 def _without_adapter_layers(backbone: Backbone, merge: bool) -> Backbone:
     result = copy.deepcopy(backbone)
     for name, module in list(result.model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if is_adapted(module):
             if merge:
                 module.merge(safe_merge=True)
             _put(result, name, module.get_base_layer())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
 from nostalgia.models.dropout import DropoutKeys
 from nostalgia.models.probe import SHAPE_ERRORS, Probe, probe
+
+if TYPE_CHECKING:  # peft and transformers are imported where they are used: seconds of every command's start
+    from peft import LoraConfig
 
 
 def class_token(output: Any) -> Tensor:

@@ -8,9 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ from nostalgia.models.hub import quiet
 from nostalgia.models.image_processor import FILE, Preparation, processor_settings
 from nostalgia.models.model_card import TaskCard, code, model_card
 from nostalgia.models.norm_statistics import save_statistics
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TORCHVISION_FILE = "model.safetensors"
 
@@ -120,7 +122,7 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
         "arch": str(backbone.arch),
         "image_size": str(backbone.image_size),
         "resize_size": str(backbone.resizing.target),
-        "interpolation": backbone.resizing.interpolation.value,
+        "interpolation": backbone.resizing.interpolation,
         "mean": ",".join(map(str, backbone.mean)),
         "std": ",".join(map(str, backbone.std)),
     }
@@ -129,6 +131,8 @@ def _save_backbone(backbone: Backbone, folder: Path) -> None:
 
 def _save_adapters(backbone: Backbone, adapters: LoraConfig, folder: Path, model_id: str | None) -> None:
     """The layout of PEFT's own ``save_pretrained``, for a network in which the adapters were put in place."""
+    from peft import LoraConfig
+
     folder.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(backbone.model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -138,6 +142,8 @@ def _save_adapters(backbone: Backbone, adapters: LoraConfig, folder: Path, model
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' parameters of ``model``, by the names that PEFT gives them in a file."""
+    from peft.tuners.lora import LoraLayer
+
     return {
         f"base_model.model.{name}".replace(".default", ""): tensor
         for name, tensor in model.state_dict().items()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
@@ -57,6 +56,8 @@ def _is_names(value: Any) -> bool:
 @torch.no_grad()
 def _attach(backbone: Backbone, folder: Path) -> None:
     """Put the adapters of a PEFT folder in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     try:
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

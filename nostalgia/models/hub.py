@@ -13,7 +13,6 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers.utils import logging as hf_logging
 
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.plain.caches import unwritable
@@ -132,6 +131,8 @@ def _not_had(model_id: str, error: Exception, allowed: bool) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' loading reports and progress bars out of ours within the block."""
+    from transformers.utils import logging as hf_logging
+
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -8,16 +8,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from transformers import AutoImageProcessor, PreTrainedConfig
 
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,9 @@ FILE = "preprocessor_config.json"
 #: Settings of our own, beside those of the architecture; of images in [0, 1].
 NORMALISATION = ("image_mean", "image_std")
 INTERPOLATIONS = {
-    Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
-    Image.Resampling.BILINEAR: InterpolationMode.BILINEAR,
-    Image.Resampling.BICUBIC: InterpolationMode.BICUBIC,
+    Image.Resampling.NEAREST: "nearest-exact",
+    Image.Resampling.BILINEAR: "bilinear",
+    Image.Resampling.BICUBIC: "bicubic",
 }
 WHOLE_SIZE = 384  # from this side on ConvNeXt's processor crops nothing
 ROUNDING = 1.5 / 255  # one grey level: a processor that resizes real numbers does not round to whole ones
@@ -151,6 +152,8 @@ def read_json(model_id: str, file: Path) -> dict[str, Any]:
 
 
 def _load(where: str, file: Path, settings: PreTrainedConfig) -> Any:
+    from transformers import AutoImageProcessor
+
     model_id = where.removeprefix("model.model_id=").split(": ")[0]
     if "auto_map" in read_json(model_id, file):
         raise UsageError(f"model.model_id={model_id}: its image processor asks for Python code of its own, never run")
@@ -204,7 +207,7 @@ def _resizing(processor: Any, where: str) -> tuple[Resizing | None, str]:
     return how, ""
 
 
-def _interpolation(processor: Any, where: str) -> InterpolationMode:
+def _interpolation(processor: Any, where: str) -> str:
     resample = getattr(processor, "resample", None)
     resample = Image.Resampling.BILINEAR if resample is None else resample
     mode = INTERPOLATIONS.get(resample)

@@ -72,10 +72,10 @@ def build(
     transform = weights.transforms()
     resizing = Resizing(int(stored.get("image_size", transform.crop_size[0])))
     if stored:
-        how = InterpolationMode(stored.get("interpolation", "bilinear"))
+        how = InterpolationMode(stored.get("interpolation", "bilinear")).value
         resizing = replace(resizing, edge=int(stored.get("resize_size", 0)), interpolation=how)
     elif pretrained:
-        resizing = replace(resizing, edge=transform.resize_size[0], interpolation=transform.interpolation)
+        resizing = replace(resizing, edge=transform.resize_size[0], interpolation=transform.interpolation.value)
     if image_size is not None:
         resizing = resizing.at(image_size)
     size = resizing.size

@@ -75,6 +75,7 @@ class RunInfo:
     suite: str | None = None
     memory_bytes: int = 0  # that the method remembers between tasks, at most, over all ranks
     memory: str = ""  # in words
+    merges_adapters: bool = False  # after each task but the last
 
 
 def start_panel(info: RunInfo) -> Panel:
@@ -84,6 +85,8 @@ def start_panel(info: RunInfo) -> Panel:
     grid.add_row("method", f"{info.method}, seed {info.seed}")
     grid.add_row("model", Text(f"{info.model}, {count(info.total_parameters)} parameters"))
     grid.add_row("", _parameter_text(info))
+    if info.merges_adapters:
+        grid.add_row("", "adapters are merged and begin anew with each task")
     grid.add_row("devices", f"{info.devices}, {info.strategy}, precision {info.precision}")
     grid.add_row("batch", _batch_text(info))
     if info.memory_bytes:

@@ -30,7 +30,7 @@ def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str
 
 def sweep(folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
     process = start(folder, *words, **environment)
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=250)
     return process.returncode, output, errors
 
 

@@ -71,6 +71,12 @@ def test_start_panel_says_everything_within_80_columns() -> None:
         assert part in text
 
 
+def test_start_panel_says_that_adapters_begin_anew() -> None:
+    words = "adapters are merged and begin anew with each task"
+    assert words in console.plain(console.start_panel(run_info(merges_adapters=True)))
+    assert words not in console.plain(console.start_panel(run_info()))
+
+
 def test_start_panel_of_a_method_that_remembers_nothing() -> None:
     text = console.plain(console.start_panel(run_info(memory_bytes=0, suite=None, epochs=[1, 2])))
     assert "memory" not in text
