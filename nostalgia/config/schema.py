@@ -181,7 +181,7 @@ class AnalysisConfig:
     predict_forgetting: str = option(
         "auto",
         "Hold each finished task's loss against its second-order prediction after every later task: true, false, or auto "
-        "(where the method computes eigenpairs). Reads the earlier tasks' curvature samples again.",
+        "(where the method computes eigenpairs or factors). Reads the earlier tasks' curvature samples again.",
         choices=("auto", "true", "false"),
     )
     top_k: int = option(

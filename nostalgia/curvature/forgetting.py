@@ -20,7 +20,7 @@ All of it is second order around a: far from it the numbers say how far the theo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -93,8 +93,9 @@ class ForgettingPrediction:
     """Keeps an expansion of each finished task's loss, and holds it against what later tasks did to it.
 
     ``bases`` maps tasks to their eigenvectors (k, P_local), ``factors`` to their Kronecker factors: a task given to
-    `finish` has one of them at least. Both are shared with the caller, not copied. Of each task two vectors (P_local,)
-    more are kept. All ranks call every method together; numbers are the same on all of them.
+    `finish` has one of them at least; factors are those of the loss (temperature 1). Both are shared with the caller, not
+    copied. Of each task two vectors (P_local,) more are kept, in ``vectors``. All ranks call every method together; numbers
+    are the same on all of them.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ForgettingPrediction:
         space: VectorSpace,
         bases: Mapping[str, Tensor],
         factors: Mapping[str, KroneckerFactors] = MappingProxyType({}),
+        vectors: MutableMapping[str, Tensor] | None = None,
         *,
         trace_samples: int = 8,
         seed: int = 0,
@@ -110,7 +112,7 @@ class ForgettingPrediction:
         self.trace_samples, self.seed = trace_samples, seed
         self.expansions: dict[str, Expansion] = {}
         self.rows: list[ForgettingRow] = []
-        self.vectors: dict[str, Tensor] = {}  # task -> its parameters and its gradient (2, P_local)
+        self.vectors = {} if vectors is None else vectors  # task -> its parameters and its gradient (2, P_local)
 
     @torch.no_grad()
     def finish(
@@ -227,7 +229,7 @@ class ForgettingPrediction:
         measured = sum(row.measured for row in self.rows)
         if not self.rows or measured == 0:
             return {}
-        close = [row.measured / 1.5 <= row.predicted <= row.measured * 1.5 for row in self.rows]
+        close = [row.measured != 0 and 1 / 1.5 <= row.predicted / row.measured <= 1.5 for row in self.rows]
         explained = sum(row.predicted for row in self.rows) / measured
         return {"explained": explained, "within_factor_1.5": sum(close) / len(close)}
 
@@ -240,12 +242,11 @@ class ForgettingPrediction:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def load_state(self, state: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
-        """Take up what `state` and `vectors` gave; the vectors are this rank's part."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave; the vectors are given back beside it."""
         expansions = [Expansion(**_known(Expansion, item)) for item in state["expansions"]]
         self.expansions = {e.task: e for e in expansions}
         self.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
-        self.vectors = {task: vectors[task].to(self.space.device, self.space.dtype) for task in self.expansions}
 
 
 def _known(kind: Any, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ they see. Parameters that are no weight of such a layer (biases, norms, embeddin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class KroneckerFactors:
     space: VectorSpace
     num_samples: int
     products: int = field(default=0)
+    temperature: float = 1.0  # of the output metric: at another one than 1 it is not the loss's curvature
 
     @property
     def num_bytes(self) -> int:
@@ -204,7 +205,7 @@ def kronecker_factors(
             before += len(outputs)
             sums.add(passed, cotangents)
             sums.add_rest(moved, cotangents, exact)
-    return sums.finish(total, given, space)
+    return replace(sums.finish(total, given, space), temperature=temperature)
 
 
 class _Sums:

@@ -15,7 +15,7 @@ from nostalgia.data.tasks import Task
 from nostalgia.experiment.components import Components, curvature_options
 from nostalgia.experiment.context import curvature_samples
 from nostalgia.experiment.forgetting_observer import ForgettingObserver
-from nostalgia.experiment.saved_curvature import SavedBases, SavedFactors
+from nostalgia.experiment.saved_curvature import SavedBlocks, SavedFactors
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import principal_angles
 from nostalgia.reporting.files import write_json
@@ -31,10 +31,9 @@ class Analysis:
 
     def __init__(self, run: Components, folder: Path, log: RunLog, warn: Callable[[str], None]) -> None:
         self.run, self.log = run, log
-        self.bases, self.factors = SavedBases(run, folder), SavedFactors(run, folder)
+        self.bases, self.factors = SavedBlocks(run, folder, run.space), SavedFactors(folder, run.space)
         self.forgetting = ForgettingObserver(run, folder, warn, self.bases, self.factors)
-        # Merged adapters begin anew: their parameters no longer say how far the network has moved.
-        self.predicts = "false" if run.merges_adapters else run.config.analysis.predict_forgetting
+        self.predicts = run.config.analysis.predict_forgetting
 
     def task_ended(self, task: Task) -> Eigenpairs | None:
         """Record the task's curvature; returns its eigenpairs, None where the run has none."""
@@ -44,12 +43,12 @@ class Analysis:
                 self.forgetting.measure(task)
             return None
         operator = self.forgetting.operator(task, self.run.config.curvature.hvp)
-        if pairs is None and factors is None:
+        if pairs is None and factors is None and not self.forgetting.weights:
             pairs = top_eigenpairs(operator, self.run.config.analysis.top_k, curvature_options(self.run.config))
         if factors is not None:
             self.factors.save(task, factors)
         if self.predicts != "false":
-            self.forgetting.predict(task, operator, pairs)
+            self.forgetting.predict(task, operator, pairs, factors)
         if pairs is not None:
             self._record(task, operator, pairs)
         return pairs
@@ -87,11 +86,11 @@ class Analysis:
         energy = {}
         if run.config.curvature.kind == "ggn" and options.captured_energy_samples:
             energy = {"captured_energy": self._captured_energy(task, pairs)}
-        expansion = self.forgetting.expansions.get(task.name)
+        expansion = None if self.forgetting.weights else self.forgetting.expansions.get(task.name)
         trace = {} if expansion is None else {"trace": expansion.trace, "trace_error": expansion.rest_error}
         importance = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, pairs.space)
         report = run.method.report()
-        file = self.bases.save(task, pairs)
+        self.bases[task.name] = pairs.eigenvectors
         self.log.curvature(
             task.name,
             pairs.eigenvalues.tolist(),
@@ -103,7 +102,7 @@ class Analysis:
         if not run.accelerator.is_main_process:
             return
         write_json(
-            file.with_suffix(".json"),
+            self.bases.path(task.name).with_suffix(".json"),
             {
                 "task": task.name,
                 "eigenvalues": pairs.eigenvalues.tolist(),

@@ -179,7 +179,7 @@ def build_components(
     check_optimizer(config.train.optimizer, sharded=strategy(accelerator) == "fsdp2")
     if tasks is None:
         tasks = load_tasks(config, accelerator)
-    method = agree(accelerator, lambda: checked_method(config))
+    method = agree(accelerator, lambda: chosen_method(config))
     backbone = agree(accelerator, lambda: make_backbone(config, download_weights))
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
@@ -247,7 +247,7 @@ def make_backbone(config: Config, download: bool = True) -> Backbone:
 
 
 def complete_method(config: Config) -> None:
-    """Put all options of the chosen method, checked, into ``config.method``.
+    """Put all options of the chosen method, checked, into ``config.method``, and what model.lora.merge=auto means with it.
 
     Raises UsageError for an option that the method does not have or allow, NotFoundError for a class that is not there.
     """
@@ -261,26 +261,22 @@ def complete_method(config: Config) -> None:
     method = make_method(name, {**given, **every}, config.experiment.seed)
     method.check(len(task_specs(config)), curvature_options(config))
     check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
+    if config.model.use_lora and config.model.lora.merge == "task" and method.keeps_positions:
+        raise UsageError(
+            f"model.lora.merge=task with method={name}: it holds parameters to what they were, and adapters begun anew are "
+            "others; use model.lora.merge=never"
+        )
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
-
-
-def checked_method(config: Config) -> Method:
-    """The run's method; UsageError where the analysis asked for cannot be had with it."""
-    method = chosen_method(config)
-    if config.analysis.predict_forgetting == "true" and merges_adapters(config, method):
-        raise UsageError(
-            "analysis.predict_forgetting=true with adapters that are merged after each task: they do not say how far the "
-            "network has moved; use analysis.predict_forgetting=auto, or model.lora.merge=never where the method allows it"
-        )
-    return method
+    config.model.lora.merge = "task" if merges_adapters(config, method) else "never"
 
 
 def merges_adapters(config: Config, method: Method) -> bool:
     """Adapters are added into the weights and begun anew before each later task."""
     merge = config.model.lora.merge
     wanted = merge == "task" or (merge == "auto" and method.prefers_merged_adapters)
-    return config.model.use_lora and (wanted or method.restarts_adapters)
+    rounds = 1 if method.joint else len(task_specs(config))
+    return config.model.use_lora and rounds > 1 and (wanted or method.restarts_adapters)
 
 
 def chosen_method(config: Config) -> Method:

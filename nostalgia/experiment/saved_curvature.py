@@ -1,9 +1,9 @@
-"""Eigenvectors and Kronecker factors of finished tasks, in safetensors files beside the run's checkpoints."""
+"""Vectors and Kronecker factors of finished tasks, in safetensors files beside the run's checkpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,35 @@ from nostalgia.checkpoint.files import checksum
 from nostalgia.curvature.kronecker import KroneckerFactors, LayerFactors
 from nostalgia.data.tasks import Task
 from nostalgia.experiment.components import Components
-from nostalgia.linalg.lanczos import Eigenpairs
+from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.parallel import tensors
 from nostalgia.reporting.files import write_atomic
 
 META = "nostalgia"
 
 
-class SavedBases(Mapping[str, Tensor]):
-    """Eigenvectors (k, P_local) of finished tasks by name, read from their files when asked for.
+class SavedBlocks(MutableMapping[str, Tensor]):
+    """Vectors (m, P_local) of finished tasks by the tasks' names, read from ``curvature/task<i><suffix>`` when asked for.
 
-    Collective: all ranks ask alike. Nothing is kept: a task's basis has the size of k networks.
+    Collective: all ranks ask alike. Nothing is kept: a task's eigenvectors have the size of k networks.
     """
 
-    def __init__(self, run: Components, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Components, folder: Path, space: VectorSpace, suffix: str = ".safetensors") -> None:
+        self.folder, self.space, self.suffix = folder, space, suffix
+        self.numbers = {task.name: task.index for task in run.tasks}
         self.files: dict[str, SavedFile] = {}
 
-    def save(self, task: Task, pairs: Eigenpairs) -> Path:
-        name = f"curvature/task{task.index}.safetensors"
-        self.files[task.name] = SavedFile(name, save_block(self.folder / name, pairs.eigenvectors, pairs.space))
-        return self.folder / name
+    def path(self, task: str) -> Path:
+        return self.folder / self._name(task)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return load_block(self.folder / self.files[name].name, self.run.space).to(self.run.space.dtype)
+    def __setitem__(self, task: str, block: Tensor) -> None:
+        self.files[task] = SavedFile(self._name(task), save_block(self.path(task), block, self.space))
+
+    def __getitem__(self, task: str) -> Tensor:
+        return load_block(self.folder / self.files[task].name, self.space).to(self.space.dtype)
+
+    def __delitem__(self, task: str) -> None:
+        del self.files[task]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -49,22 +54,25 @@ class SavedBases(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def _name(self, task: str) -> str:
+        return f"curvature/task{self.numbers[task]}{self.suffix}"
+
 
 class SavedFactors(Mapping[str, KroneckerFactors]):
     """Factors of finished tasks by name, read from ``curvature/task<i>_factors.safetensors`` when asked for.
 
     The file holds ``inputs/<layer>`` (i, i), ``outputs/<layer>`` (o, o), ``diagonal/<parameter>`` and, of adapters,
-    ``values/<parameter>`` at the end of the task; its metadata the layers' parameters and scalings as JSON. All ranks ask
-    together; rank 0 alone writes and reads.
+    ``values/<parameter>`` at the end of the task; its metadata the layers' parameters and scalings, and the temperature, as
+    JSON. All ranks ask together; rank 0 alone writes and reads.
     """
 
-    def __init__(self, run: Components, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, folder: Path, space: VectorSpace, suffix: str = "_factors.safetensors") -> None:
+        self.folder, self.space, self.suffix = folder, space, suffix
         self.files: dict[str, SavedFile] = {}
 
     def save(self, task: Task, factors: KroneckerFactors) -> None:
-        name, digest = f"curvature/task{task.index}_factors.safetensors", ""
-        if self.run.accelerator.is_main_process:
+        name, digest = f"curvature/task{task.index}{self.suffix}", ""
+        if tensors.is_main():
             write_atomic(self.folder / name, _encoded(factors))
             digest = checksum(self.folder / name)
         self.files[task.name] = SavedFile(name, digest)
@@ -73,8 +81,7 @@ class SavedFactors(Mapping[str, KroneckerFactors]):
         file = self.folder / self.files[task].name
         head, found = _read(file) if tensors.is_main() else (None, {})
         head, shapes = tensors.broadcast_object((head, {name: (t.shape, t.dtype) for name, t in found.items()}))
-        space = self.run.space
-        whole = {}
+        space, whole = self.space, {}
         for name, (shape, dtype) in shapes.items():
             value = found[name].to(space.device) if found else space.zeros().new_empty(shape, dtype=dtype)
             if tensors.world_size() > 1:
@@ -85,7 +92,12 @@ class SavedFactors(Mapping[str, KroneckerFactors]):
             for layer in ({**item, "parameters": tuple(item["parameters"])} for item in head["layers"])
         )
         return KroneckerFactors(
-            layers, _under("diagonal/", whole), _under("values/", whole), space, int(head["num_samples"])
+            layers,
+            _under("diagonal/", whole),
+            _under("values/", whole),
+            space,
+            int(head["num_samples"]),
+            temperature=head["temperature"],
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -103,7 +115,7 @@ def _encoded(factors: KroneckerFactors) -> bytes:
     layers = [
         {"name": layer.name, "parameters": layer.parameters, "scaling": layer.scaling} for layer in factors.layers
     ]
-    meta = json.dumps({"layers": layers, "num_samples": factors.num_samples})
+    meta = json.dumps({"layers": layers, "num_samples": factors.num_samples, "temperature": factors.temperature})
     return to_bytes({name: t.detach().cpu().contiguous() for name, t in found.items()}, {META: meta})
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nostalgia.experiment.analysis import Analysis
     from nostalgia.experiment.resume import ResumedRun
 
-FORMAT = 2  # of a checkpoint's state
+FORMAT = 3  # of a checkpoint's state
 
 
 class Snapshot:

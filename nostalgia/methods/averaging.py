@@ -36,6 +36,7 @@ class Averaging(Method):
     """
 
     name = "averaging"
+    keeps_positions = True
     Config = AveragingConfig
     strengths = (0.1, 0.25, 0.5, 0.75, 0.9)
     strength_option = "share"

@@ -32,6 +32,7 @@ class Ewc(Method):
     """
 
     name = "ewc"
+    keeps_positions = True
     Config = EwcConfig
     strengths = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 

@@ -24,6 +24,7 @@ class L2Sp(Method):
     """
 
     name = "l2sp"
+    keeps_positions = True
     Config = L2SpConfig
     strengths = (0.0001, 0.001, 0.01, 0.1, 1.0)
 

@@ -35,6 +35,7 @@ class NostalgiaEwc(Method):
     """
 
     name = "nostalgia_ewc"
+    keeps_positions = True
     Config = NostalgiaEwcConfig
     strengths = (0.1, 1.0, 10.0, 100.0, 1000.0)
 

@@ -31,6 +31,7 @@ class SynapticIntelligence(Method):
     """
 
     name = "si"
+    keeps_positions = True
     Config = SiConfig
     strengths = (0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -189,6 +189,18 @@ def merged_weights(backbone: Backbone) -> list[str]:
     return [f"model.{name}.base_layer.weight" for name in _adapted_layers(backbone)]
 
 
+def adapted_weights(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """The weights of the adapted layers, without their adapters, by their names in `merged` (``backbone``)."""
+    return {f"model.{name}.weight": layer.get_base_layer().weight for name, layer in _adapted_layers(backbone).items()}
+
+
+@torch.no_grad()
+def effective_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """The weights of the adapted layers, W + s B A, by their names in `merged` (``backbone``)."""
+    layers = _adapted_layers(backbone)
+    return {f"model.{n}.weight": m.get_base_layer().weight + m.get_delta_weight("default") for n, m in layers.items()}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The pair of matrices of one adapted layer: its weight is W + s B A (a convolution's as matrices o x i k k)."""

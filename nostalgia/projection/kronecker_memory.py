@@ -58,7 +58,7 @@ class KroneckerMemory:
     @torch.no_grad()
     def update(self, factors: KroneckerFactors, parameters: Mapping[str, nn.Parameter]) -> KroneckerUpdate:
         """Take in a finished task's factors; ``parameters`` are as the task ended, the new reference point."""
-        self.tasks += 1
+        self.tasks, self.groups = self.tasks + 1, None
         for layer in factors.layers:
             new = LayerTerms(layer.inputs[None], layer.outputs[None], layer.parameters, layer.scaling)
             old = self.layers.get(layer.name)

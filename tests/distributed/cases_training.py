@@ -62,7 +62,9 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
 def left_behind(folder: Path) -> dict[str, Any]:
     rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
     leak, split = rows[0].index("leak"), rows[0].index("split")
+    forgetting = folder / "results/forgetting_prediction.json"
     return {
+        "forgetting": json.loads(forgetting.read_text())["rows"] if forgetting.exists() else [],
         "leaks": [float(row[leak]) for row in rows[1:] if row[leak] and row[split] == "val"],
         "accuracies": json.loads((folder / "results/results.json").read_text())["accuracy_matrix"],
         "spectrum_panels": len(run_drawers(read_run(folder))["spectrum"]().axes)

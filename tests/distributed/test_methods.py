@@ -62,3 +62,35 @@ def test_losses_and_gradients_are_those_of_one_process(name: str) -> None:
         for number, ((loss, norm, _), other) in enumerate(zip(expected, pair[layout]["steps"], strict=True)):
             assert other[0] == pytest.approx(loss, abs=1e-9), (layout, number)
             assert other[1] == pytest.approx(norm, rel=1e-6), (layout, number)
+
+
+def test_forgetting_of_merged_adapters_is_predicted_in_their_layers_weights() -> None:
+    """Small steps go as the gradient in the weights foretells, though the adapters have begun anew in between."""
+    words = [
+        "method=finetune", *LORA, *BASE, "model.lora.merge=task", "analysis.predict_forgetting=true", "train.lr=3e-5",
+        "train.warmup_epochs=0", "train.label_smoothing=0",
+    ]  # fmt: skip
+    alone = run_ranks(check_runs, 1, runs={"one": [*words, "dataset.batch_size=16"]})[0]["one"]["forgetting"]
+    two = {layout: [*words, "dataset.batch_size=8"] for layout in ("ddp", "fsdp")}
+    pair = run_ranks(check_runs, 2, runs=two)[0]
+    assert len(alone) == 1
+    assert alone[0]["measured"] != 0
+    assert alone[0]["predicted"] == pytest.approx(alone[0]["measured"], rel=0.05)
+    assert 0 < alone[0]["kronecker"] < 0.05 * abs(alone[0]["linear"])
+    for layout in ("ddp", "fsdp"):
+        (other,) = pair[layout]["forgetting"]
+        for term in ("measured", "linear", "kronecker", "displacement"):
+            assert other[term] == pytest.approx(alone[0][term], rel=1e-5), (layout, term)
+
+
+def test_softened_factors_are_not_taken_for_the_curvature_of_the_loss() -> None:
+    """At no strength to speak of, runs of two temperatures are one, and so is what is predicted of them."""
+    words = [
+        "method=kronecker", "method.strength=1e-12", "method.num_samples=37", *LORA, *BASE, "model.lora.merge=never",
+        "analysis.predict_forgetting=auto", "dataset.batch_size=16",
+    ]  # fmt: skip
+    runs = {f"T={t}": [*words, f"method.temperature={t}"] for t in (1, 4)}
+    found = run_ranks(check_runs, 1, runs=runs)[0]
+    (own,), (softened,) = (found[name]["forgetting"] for name in runs)
+    assert own["kronecker"] > 0
+    assert softened["kronecker"] == pytest.approx(own["kronecker"], rel=1e-5)

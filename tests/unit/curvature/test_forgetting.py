@@ -96,8 +96,8 @@ def test_kronecker_factors_are_exact_for_a_linear_network_with_squared_error(wit
     report = prediction.report()
     assert report["explained"] == pytest.approx(1.0, rel=1e-10)
     assert report["within_factor_1.5"] == 1.0
-    again = ForgettingPrediction(operator.space, bases, {"one": factors})
-    again.load_state(json.loads(json.dumps(prediction.state())), prediction.vectors)
+    again = ForgettingPrediction(operator.space, bases, {"one": factors}, prediction.vectors)
+    again.load_state(json.loads(json.dumps(prediction.state())))
     assert again.rows == prediction.rows
 
 
@@ -189,8 +189,9 @@ def test_stopping_and_going_on_changes_nothing() -> None:
     theta = operator.space.take(moved(model, 2).parameters())
     prediction.measure("two", theta, lambda _: 1.5)
     state = json.loads(json.dumps(prediction.state()))
-    again = ForgettingPrediction(operator.space, prediction.bases)
-    again.load_state(state, {name: rows.clone() for name, rows in prediction.vectors.items()})
+    vectors = {name: rows.clone() for name, rows in prediction.vectors.items()}
+    again = ForgettingPrediction(operator.space, prediction.bases, vectors=vectors)
+    again.load_state(state)
     assert again.report() == prediction.report()
     assert again.predict("one", "three", theta, 2.0) == prediction.predict("one", "three", theta, 2.0)
     again.measure("two", theta, lambda _: 1.5)  # measured a second time, it is not there twice
