@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.panel import Panel
 
 from nostalgia.config import Config, Request, parse
-from nostalgia.experiment.components import Components, chosen_method, complete_method
+from nostalgia.experiment.components import Components, chosen_method, complete_method, merges_adapters
 from nostalgia.methods.base import MemoryPlan
+from nostalgia.models.adapters import adapted_weights
 from nostalgia.reporting.console import RunInfo
 from nostalgia.reporting.cost import Measured, TaskLoad, Workload, cost_panel, estimate
 from nostalgia.reporting.run_folder import read_run
@@ -29,6 +30,7 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
     per_task = None if joint else full.train.epochs_per_task
     per_task = per_task or [full.train.epochs] * len(run.tasks)
     smallest = min(min(len(task.train) for task in run.tasks), run.config.curvature.num_samples)
+    merged = adapted_weights(run.backbone).values() if merges_adapters(full, chosen_method(full)) else ()
     work = Workload(
         tasks=[TaskLoad(len(t.train), len(t.val), e) for t, e in zip(run.tasks, per_task, strict=True)],
         joint=joint,
@@ -39,6 +41,7 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
         else 0,
         num_samples=full.curvature.num_samples,
         trained_parameters=info.trainable_parameters + heads,
+        merged_weights=sum(weight.numel() for weight in merged),
         optimizer_states=OPTIMIZERS[full.train.optimizer].states,
         memory_bytes=plan.bytes,
         memory=plan.text,

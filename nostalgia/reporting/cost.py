@@ -39,6 +39,7 @@ class Workload:
     top_k: int  # 0: no curvature is taken
     num_samples: int  # of a task's images, at most, that its curvature is taken over
     trained_parameters: int  # backbone and heads
+    merged_weights: int  # that adapters are added into: they change with each task
     optimizer_states: int  # numbers the optimizer keeps for each parameter: 2 for AdamW
     memory_bytes: int  # that the method remembers, at most, over all ranks
     memory: str  # in words
@@ -122,7 +123,7 @@ def estimate(work: Workload, measured: Measured) -> Cost:
         training_seconds=None if per_image is None else images * per_image,
         evaluation_seconds=None if per_image is None else forward * per_image * FORWARD,
         curvature_seconds=None if per_sample is None or not products else samples * products * per_sample,
-        checkpoint_bytes=4 * work.trained_parameters * (1 + work.optimizer_states),
+        checkpoint_bytes=4 * (work.trained_parameters * (1 + work.optimizer_states) + work.merged_weights),
     )
 
 

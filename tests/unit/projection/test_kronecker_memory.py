@@ -76,6 +76,28 @@ def test_penalty_and_gradient_are_those_of_the_dense_formula(make: Any, shape: t
         torch.testing.assert_close(by_autograd, gradient, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("change", ["update", "anchor", "load_state_dict"])
+def test_gradients_after_a_change_are_those_of_a_new_memory(change: str) -> None:
+    """What the gradients are computed from together does not outlive the terms and the reference point it was made of."""
+    model, memory, _, _ = remembered(adapted, (4,))
+    parameters = trained(model)
+    memory.add_gradients(parameters)
+    if change == "update":
+        memory.update(kronecker_factors(model, forward, [data(7, 4)], seed=9), parameters)
+        moved(model, 5)
+    elif change == "anchor":
+        memory.anchor(parameters)
+        moved(model, 5)
+    else:
+        memory.load_state_dict(remembered(adapted, (4,), tasks=3)[1].state_dict())
+    model.zero_grad()
+    memory.add_gradients(parameters)
+    expected = torch.autograd.grad(memory.penalty(parameters), list(parameters.values()))
+    for parameter, gradient in zip(parameters.values(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_strength_zero_leaves_gradients_untouched() -> None:
     model, memory, _, _ = remembered(mlp, (4,))
     memory.strength = 0.0

@@ -20,6 +20,7 @@ def workload(**changes: object) -> Workload:
         "top_k": 8,
         "num_samples": 80,
         "trained_parameters": 1000,
+        "merged_weights": 0,
         "optimizer_states": 2,
         "memory_bytes": 57_600,
         "memory": "at most 16 directions",
