@@ -44,7 +44,7 @@ def dry_run(
     console = make_console(quiet=not accelerator.is_main_process)
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     print_config(console, plain, quiet=request.quiet)  # type: ignore[arg-type]
-    tasks = [_empty(one) if isinstance(one, Missing) else one for one in found]
+    tasks = [placeholder(one) if isinstance(one, Missing) else one for one in found]
     no_weights = ""
     try:
         parts = build_components(config, accelerator, precision, tasks=tasks, download_weights=False)
@@ -112,7 +112,7 @@ def _print_missing(console: Console, names: Sequence[str], why: str, download: b
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _empty(one: Missing) -> Task:
+def placeholder(one: Missing) -> Task:
     """Stands for a task whose data is missing, without images or classes."""
     nothing = ArrayImages(one.dataset, np.zeros((0, 1, 1)), [], [])
     return Task(

@@ -163,8 +163,7 @@ def sharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    layers = _layer_classes(copied)
-    for module in [module for module in copied.modules() if type(module).__name__ in layers]:
+    for module in unsplit_layers(copied):
         fully_shard(module, mesh=mesh)
     fully_shard(copied, mesh=mesh)
     return copied
@@ -176,6 +175,12 @@ def _layer_classes(model: nn.Module) -> list[str]:
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
     return sorted(names & {type(module).__name__ for module in model.modules()})
+
+
+def unsplit_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that FSDP2 gathers one at a time."""
+    names = _layer_classes(model)
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def strategy(accelerator: Accelerator) -> str:

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pytest": (SHELL, "=python -m pytest --version"),
     "python -m nostalgia.train --help": (HERE, ""),
     "python -m nostalgia.train --suite demo --dry-run": (HERE, ""),
+    "python -m nostalgia.plan --suite demo --gpus 64 --nodes 8": (HERE, ""),
     "launch/debug.sh --suite demo": (
         LATER, f"=python -m nostalgia.train --debug --suite demo {RUN} experiment.name=other",
     ),

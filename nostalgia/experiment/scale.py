@@ -1,0 +1,143 @@
+"""``python -m nostalgia.plan``: what a run would take on other machines, from its network as it is built here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nostalgia.config import Config
+from nostalgia.data.tasks import Missing, find_tasks
+from nostalgia.experiment.components import (
+    Components,
+    build_components,
+    complete_method,
+    source_loader,
+    task_specs,
+)
+from nostalgia.experiment.dry_run import placeholder
+from nostalgia.methods.eigenspace import Eigenspace
+from nostalgia.methods.tail import KroneckerTail
+from nostalgia.models import Backbone
+from nostalgia.models.adapters import adapted_weights
+from nostalgia.parallel.accelerator import unsplit_layers
+from nostalgia.reporting.scale_model import Cluster, Load, stages, table
+from nostalgia.reporting.streams import make_console
+from nostalgia.training.optimizers import OPTIMIZERS
+
+
+def plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: str) -> None:
+    """Print the plan. Nothing is downloaded; NotFoundError where the network is not here."""
+    complete_method(config)
+    found = find_tasks(task_specs(config), source_loader(config, download=False), config.experiment.seed)
+    tasks = [placeholder(one) if isinstance(one, Missing) else one for one in found]
+    run = build_components(config, accelerator, precision, tasks=tasks, download_weights=False)
+    load = load_of(run)
+    console = make_console()
+    console.print(table(load, cluster, stages(load, cluster)))
+    missing = [one.name for one in found if isinstance(one, Missing)]
+    if missing:
+        line = f"note: steps without those of {', '.join(missing)}, whose data is not on this machine"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def load_of(run: Components) -> Load:
+    """What the run asks of any machine; its network runs forward once, with one image."""
+    config, backbone = run.config, run.backbone
+    flops, kept = forward_cost(backbone, run.view.resizing.size)
+    classes = max((len(task.classes) for task in run.tasks), default=0)
+    head = classes * (backbone.feature_dim + 1)
+    parameters = list(backbone.parameters())
+    scope = {name: p.shape for name, p in run.scope_parameters().items()}
+    layers = unsplit_layers(backbone) or [backbone]
+    curved = len(run.tasks) if config.curvature.last_task else len(run.tasks) - 1
+    curved = 0 if run.method.joint else curved
+    eigenspace, tail = getattr(run.method, "eigenspace", None), getattr(run.method, "tail", None)
+    options = tail.options if isinstance(tail, KroneckerTail) else None
+    sides = layer_sides(backbone, scope) if options is not None else []
+    numbers = sum(o * o + i * i for o, i, _ in sides)
+    kept_apart = options is not None and (options.budget_bytes is None or 4 * numbers * curved <= options.budget_bytes)
+    columns = 0
+    if isinstance(eigenspace, Eigenspace):
+        columns = min(eigenspace.make(run.space, len(run.tasks)).capacity, max(1, curved) * eigenspace.config.top_k)
+    return Load(
+        parameters=sum(p.numel() for p in parameters) + head,
+        trained=sum(p.numel() for p in parameters if p.requires_grad) + head,
+        scope=run.space.size,
+        largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        forward_flops=flops,
+        activation_numbers=kept,
+        mixed_precision=run.precision in ("bf16", "16"),
+        optimizer_states=OPTIMIZERS[config.train.optimizer].states,
+        batch=config.dataset.batch_size,
+        images=sum(len(task.train) * run.epochs(task) for task in run.tasks),
+        tasks=len(run.tasks),
+        top_k=eigenspace.config.top_k if isinstance(eigenspace, Eigenspace) else 0,
+        columns=columns,
+        samples=config.curvature.num_samples,
+        curvature_batch=config.curvature.batch_size,
+        factor_numbers=numbers,
+        factor_terms=(curved if kept_apart else 1) if numbers else 0,
+        factor_samples=0 if options is None else options.num_samples,
+        draws=0 if options is None else options.draws,
+        penalty_flops=math.fsum(penalty_flops(*side) for side in sides),
+        curved=curved,
+    )
+
+
+def forward_cost(backbone: Backbone, size: int) -> tuple[float, int]:
+    """Floating-point operations of a forward pass of one image of ``size`` pixels, in training mode, and the numbers it keeps
+    for the backward pass, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in (*backbone.parameters(), *backbone.buffers())}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = tensor.numel()
+        return tensor
+
+    first = next(backbone.parameters())
+    images = torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device)
+    was_training = backbone.training
+    backbone.eval()  # batch norm takes one image, and dropout keeps little
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            backbone(images)  # as products of matrices: not every kernel of attention is counted
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            backbone(images)
+    finally:
+        backbone.train(was_training)
+    return float(counter.get_total_flops()), sum(seen.values())
+
+
+def layer_sides(backbone: Backbone, scope: dict[str, torch.Size]) -> list[tuple[int, int, int]]:
+    """Outputs, inputs, and the rank of its change (0: whole) of each layer with Kronecker factors."""
+    found = []
+    ranks = {name.partition(".lora_B.")[0]: shape[1] for name, shape in scope.items() if ".lora_B." in name}
+    for name, weight in adapted_weights(backbone).items():
+        rank = ranks.get(name.removesuffix(".weight"))
+        if rank is not None:
+            found.append((*_matrix(weight.shape), int(rank)))
+    owners = dict(backbone.named_modules())
+    for name, shape in scope.items():
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight" and ".lora_" not in name and isinstance(owners[owner], (nn.Linear, nn.Conv2d)):
+            found.append((*_matrix(shape), 0))
+    return found
+
+
+def penalty_flops(outputs: int, inputs: int, rank: int) -> float:
+    """Of one term of the penalty's gradient at one layer."""
+    if rank:
+        return 2.0 * (2 * rank) * (outputs**2 + inputs**2)  # G L and R A, with L (o, 2r) and R (2r, i)
+    return 2.0 * outputs * inputs * (outputs + inputs)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    return int(shape[0]), math.prod(shape[1:])

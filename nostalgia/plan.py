@@ -1,0 +1,91 @@
+"""``python -m nostalgia.plan --suite main --gpus 64 --nodes 8``: time and memory a GPU of each stage, before any is booked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from nostalgia import config as configuration
+from nostalgia import train
+from nostalgia.config import Config
+from nostalgia.errors import UsageError
+
+EPILOG = """examples:
+  python -m nostalgia.plan --suite main --gpus 64 --nodes 8
+  python -m nostalgia.plan --suite cifar100_10 --gpus 8 --memory 40 dataset.batch_size=256 method=kronecker
+  python -m nostalgia.plan --gpus 8 --strategy fsdp model.pretrained=false model.model_id=null \\
+      '+model.config={model_type: vit, hidden_size: 1408, num_hidden_layers: 40, num_attention_heads: 16,
+      intermediate_size: 6144, patch_size: 14}' model.use_lora=false
+
+Bytes, operations and images are counted from the network as it is built here, on the CPU; nothing is downloaded or trained.
+Times follow from the rates, whose defaults were measured on one H200 (bench/results/): give your own for other machines.
+All other words are those of nostalgia.train. Exit codes as there.
+"""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """``machine`` are the fields of a `Cluster`."""
+
+    config: Config
+    machine: dict[str, Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"command line: {message}; --help shows examples")
+
+
+RATES = {
+    "tflops": ("teraflops", 80.0, "TFLOP/s that training passes reach on a GPU"),
+    "memory-rate": ("memory_rate", 4000.0, "GB/s of a GPU's memory"),
+    "link": ("link_rate", 300.0, "GB/s a GPU within a node"),
+    "network": ("network_rate", 25.0, "GB/s a GPU between nodes"),
+    "memory": ("memory", 80.0, "GB of memory a GPU"),
+}
+
+
+def parse(argv: list[str]) -> PlanRequest:
+    """Raises UsageError for a command line that cannot be meant."""
+    parser = _Parser(
+        prog="nostalgia.plan",
+        usage="python -m nostalgia.plan [--gpus N] [--nodes N] [--strategy ddp|fsdp] [--suite NAME] [KEY=VALUE ...]",
+        description="Time and memory a GPU of each stage of a run, on machines that need not be here.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="in all (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="that they are on (default 1)")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
+    for flag, (name, default, meaning) in RATES.items():
+        parser.add_argument(
+            f"--{flag}", dest=name, type=float, default=default, help=f"{meaning} (default {default:g})"
+        )
+    flags, words = parser.parse_known_args(argv)
+    if flags.gpus < 1 or flags.nodes < 1 or flags.gpus % flags.nodes:
+        raise UsageError(f"--gpus {flags.gpus} --nodes {flags.nodes}: allowed is a whole number of GPUs a node")
+    for flag, (name, _, _) in RATES.items():
+        if not getattr(flags, name) > 0:
+            raise UsageError(f"--{flag} {getattr(flags, name):g}: allowed is a number above 0")
+    machine = {name: getattr(flags, name) for name, _, _ in RATES.values()}
+    machine |= {"gpus": flags.gpus, "nodes": flags.nodes, "sharded": flags.strategy == "fsdp"}
+    return PlanRequest(configuration.parse([*words, "train.accelerator=cpu"]).config, machine)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes as those of `nostalgia.train`."""
+
+    def run(request: PlanRequest, accelerator: Any, precision: str) -> None:
+        from nostalgia.experiment.scale import plan
+        from nostalgia.reporting.scale_model import Cluster
+
+        plan(request.config, Cluster(**request.machine), accelerator, precision)
+
+    return train.main(argv, parse=parse, run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""``nostalgia.plan``: what it counts of a network, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate import Accelerator
+
+from nostalgia import plan
+from nostalgia.config import parse
+from nostalgia.errors import UsageError
+from nostalgia.experiment.components import build_components, complete_method
+from nostalgia.experiment.scale import forward_cost, layer_sides, load_of
+from nostalgia.models import Backbone, attach_lora, build_backbone
+
+WIDTH, INNER, LAYERS, SIDE, PATCH = 32, 64, 2, 16, 4
+
+
+def vit() -> Backbone:
+    config = {
+        "model_type": "vit", "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2, "patch_size": PATCH, "image_size": SIDE,
+    }  # fmt: skip
+    return build_backbone(framework="hf", pretrained=False, config=config, image_size=SIDE)
+
+
+def test_operations_are_those_of_the_matrices() -> None:
+    patches = (SIDE // PATCH) ** 2
+    tokens = patches + 1
+    layer = 2 * tokens * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * tokens**2 * WIDTH
+    flops, kept = forward_cost(vit(), SIDE)
+    assert flops == LAYERS * layer + 2 * patches * WIDTH * 3 * PATCH**2
+    inputs = LAYERS * tokens * (6 * WIDTH + INNER)  # at least: of q, k, v; of the projections; of both layers within
+    assert inputs <= kept <= 5 * inputs
+
+
+def test_factors_are_those_of_the_layers_in_scope() -> None:
+    whole, adapted = vit(), vit()
+    attach_lora(adapted, r=3, alpha=3, dropout=0.0, target_modules=["q_proj", "fc1"])
+    scope = {name: p.shape for name, p in adapted.named_parameters() if p.requires_grad}
+    assert sorted(layer_sides(adapted, scope)) == sorted([(WIDTH, WIDTH, 3), (INNER, WIDTH, 3)] * LAYERS)
+    sides = layer_sides(whole, {name: p.shape for name, p in whole.named_parameters()})
+    attention, patches = [(WIDTH, WIDTH, 0)] * 4, (WIDTH, 3 * PATCH**2, 0)
+    expected = [*(LAYERS * [*attention, (INNER, WIDTH, 0), (WIDTH, INNER, 0)]), patches]
+    assert [side for side in sorted(sides) if side != (WIDTH, WIDTH, 0)] == sorted(
+        side for side in expected if side != (WIDTH, WIDTH, 0)
+    )
+    assert len(sides) >= len(expected)  # and the pooler, where there is one
+
+
+@pytest.mark.parametrize("method", ["finetune", "nostalgia", "kronecker", "ewc", "joint"])
+def test_a_run_s_load(method: str) -> None:
+    words = ["--suite", "demo", f"method={method}", "train.epochs=2", "curvature.last_task=false"]
+    config = parse(words).config
+    complete_method(config)
+    run = build_components(config, Accelerator(cpu=True), "32")
+    load = load_of(run)
+    assert load.images == 2 * sum(len(task.train) for task in run.tasks)
+    assert load.scope == run.space.size
+    assert (load.top_k > 0, load.factor_terms > 0) == {
+        "nostalgia": (True, True), "kronecker": (False, True),
+    }.get(method, (False, False))  # fmt: skip
+    assert load.curved == (0 if method == "joint" else 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "3", "--nodes", "2"], "--gpus 3 --nodes 2: allowed is a whole number of GPUs a node"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--tflops", "-1"], "--tflops -1: allowed is a number above 0"),
+        (["--strategy", "zero"], "--strategy"),
+        (["train.epoch=3"], "did you mean train.epochs"),
+        (["--gpu", "8"], "--gpu"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan.parse(["--suite", "demo", *words])
