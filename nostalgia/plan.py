@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 RATES = {
     "tflops": ("teraflops", 80.0, "TFLOP/s that training passes reach on a GPU"),
-    "memory-rate": ("memory_rate", 4000.0, "GB/s of a GPU's memory"),
+    "memory-rate": ("memory_rate", 2000.0, "GB/s that a matrix times one vector reads"),
     "link": ("link_rate", 300.0, "GB/s a GPU within a node"),
     "network": ("network_rate", 25.0, "GB/s a GPU between nodes"),
     "memory": ("memory", 80.0, "GB of memory a GPU"),

@@ -22,7 +22,7 @@ from nostalgia.reporting.progress import duration
 
 BACKWARD = 2.0  # forward passes: gradients of inputs and of weights
 PRODUCT = 6.0  # of a curvature product: forward, and a derivative in each direction, each with its own backward pass
-READS = 8  # of the basis in a projected, constrained step
+READS = 4  # of the basis in a constrained step: Q g, Q^T c, Q d, Q^T c
 PRODUCTS_PER_PAIR, PRODUCTS_AT_LEAST = 3, 10  # what Lanczos usually needs to residuals of a percent
 NUMBER = 4  # bytes
 
@@ -38,7 +38,7 @@ class Cluster:
         80.0  # of training passes: ViT-B/16, bf16, batch 32, one H200 (bench/results/step_vit_b_whole_gpu.json)
     )
     vector_teraflops: float = 40.0  # of float32 products: the Kronecker penalty of the same file
-    memory_rate: float = 4000.0  # GB/s: the projection of the same file
+    memory_rate: float = 2000.0  # GB/s of a matrix times one vector: the projection of the same file
     link_rate: float = 300.0  # GB/s a GPU, within a node
     network_rate: float = 25.0  # GB/s a GPU, between nodes
     memory: float = 80.0  # GB a GPU
@@ -189,7 +189,7 @@ def table(load: Load, cluster: Cluster, found: Sequence[Stage]) -> Group:
         f"GPU: {fits}, {num_bytes(most)} of {cluster.memory:g} GB a GPU; checkpoints are in the host's memory",
         f"{load.parameters:,} parameters, {load.trained:,} trained, {load.scope:,} in scope; an image takes "
         f"{load.forward_flops / 1e9:.3g} GFLOP forward and {num_bytes(load.activation_bytes)} for the backward pass",
-        f"at {cluster.teraflops:g} TFLOP/s, {cluster.memory_rate:g} GB/s of memory, {cluster.link_rate:g} GB/s within a node"
+        f"at {cluster.teraflops:g} TFLOP/s, {cluster.memory_rate:g} GB/s of products with vectors, {cluster.link_rate:g} GB/s within a node"
         + (f" and {cluster.network_rate:g} between nodes" if cluster.nodes > 1 else ""),
     ]
     return Group(shown, *(Text(line) for line in lines))
