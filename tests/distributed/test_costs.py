@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nostalgia.reporting.scale_model import Cluster, Load, stages
 from tests.distributed import cases_costs
 from tests.ranks import run_ranks
 
@@ -40,3 +41,19 @@ def test_two_large_collectives_a_product_and_three_small_ones_at_most(costs, wra
             assert 1 <= result["small_an_iteration"] <= 3
             claimed, seen = result["collectives"]
             assert claimed == seen
+
+
+def test_the_scale_model_counts_the_same(costs):
+    """The vectors of a solve and what a product sends; in float64 here, float32 there."""
+    (alone,) = costs[1]
+    whole, _ = alone["fsdp2"]["sizes"]
+    load = Load(
+        parameters=1, trained=0, scope=whole, largest_unit=0, forward_flops=0.0, activation_numbers=0, mixed_precision=False,
+        optimizer_states=0, batch=1, images=1, tasks=1, top_k=cases_costs.RANK, samples=30, curved=1,
+    )  # fmt: skip
+    for ranks in (2, 4):
+        product = stages(load, Cluster(gpus=ranks, sharded=True))[1]
+        vectors = 2 * (product.memory_bytes - 4 * 2 * whole)
+        for result in costs[ranks]:
+            assert vectors == pytest.approx(result["fsdp2"]["solve"], abs=30_000)
+        assert product.bytes_sent == 2 * 4 * whole * (ranks - 1) // ranks
