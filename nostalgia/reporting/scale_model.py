@@ -189,8 +189,8 @@ def table(load: Load, cluster: Cluster, found: Sequence[Stage]) -> Group:
         f"GPU: {fits}, {num_bytes(most)} of {cluster.memory:g} GB a GPU; checkpoints are in the host's memory",
         f"{load.parameters:,} parameters, {load.trained:,} trained, {load.scope:,} in scope; an image takes "
         f"{load.forward_flops / 1e9:.3g} GFLOP forward and {num_bytes(load.activation_bytes)} for the backward pass",
-        f"at {cluster.teraflops:g} TFLOP/s, {cluster.memory_rate:g} GB/s of products with vectors, {cluster.link_rate:g} GB/s within "
-        "a node" + (f" and {cluster.network_rate:g} between nodes" if cluster.nodes > 1 else ""),
+        f"at {cluster.teraflops:g} TFLOP/s, {cluster.memory_rate:g} GB/s of products with vectors, {cluster.link_rate:g} GB/s "
+        "within a node" + (f" and {cluster.network_rate:g} between nodes" if cluster.nodes > 1 else ""),
     ]
     return Group(shown, *(Text(line) for line in lines))
 
