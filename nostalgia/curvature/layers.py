@@ -50,7 +50,7 @@ def find_layers(network: Network) -> tuple[list[Layer], list[str]]:
             rest.append(name)
         elif mark:
             known = layers.setdefault(adapted, Layer(adapted, module, base, (), float(module.scaling["default"])))
-            known.parameters = (*known.parameters, name)
+            known.parameters = tuple(sorted((*known.parameters, name)))  # A before B, in whatever order they are given
         else:
             layers[owner] = Layer(owner, module, base, (name,))
     return list(layers.values()), rest

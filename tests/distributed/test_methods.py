@@ -40,6 +40,11 @@ CASES["dropout"] = [
     "method=finetune", "model.config.hidden_dropout_prob=0.2", "train.gradient_accumulation_steps=2", *LORA,
 ]  # fmt: skip
 CASES["ewc_lora lora"] = ["method=ewc_lora", "method.strength=100", "method.num_samples=37", *LORA]
+CASES["kronecker frozen lora"] = [
+    *CASES["kronecker lora"],
+    "model.lora.freeze_a=true",
+    "analysis.predict_forgetting=auto",
+]
 CASES["kronecker kept lora"] = [*CASES["kronecker lora"], "model.lora.merge=never"]
 CASES["diagonal"] = ["method=nostalgia", "method.top_k=3", "method.tail=diagonal", "method.project=soft"]
 CASES["isotropic"] = ["method=nostalgia", "method.top_k=3", "method.tail=isotropic", "method.merge=ema"]
