@@ -46,8 +46,16 @@ def main(arguments: list[str]) -> int:
     for point in frontier["points"]:
         runs = own[point["method"].split(":")[-1], point["strength"]]
         values = [measures(runs[seed]) for seed in point["seeds"]]
-        for name in values[0]:
-            mine = None if values[0][name] is None else math.fsum(v[name] for v in values) / len(values)  # type: ignore[misc]
+        means = {
+            name: None if values[0][name] is None else math.fsum(v[name] for v in values) / len(values)  # type: ignore[misc]
+            for name in values[0]
+        }
+        plain = [
+            measures(run)["bwt"] for seed, run in own.get(("finetune", None), {}).items() if seed in point["seeds"]
+        ]
+        if means["bwt"] is not None and len(plain) == len(values) and any(plain):
+            means["forgetting_left"] = means["bwt"] / (math.fsum(plain) / len(plain))  # type: ignore[arg-type]
+        for name, mine in means.items():
             theirs = point["mean"][name]
             if mine != theirs and (mine is None or theirs is None or abs(mine - theirs) > 1e-12):
                 wrong += 1

@@ -78,27 +78,35 @@ def frontier(cells: Cells, select_seeds: Sequence[int] = ()) -> Frontier:
 
 
 def _points(cells: Cells) -> list[Point]:
-    by_seed = {r.seed: r for r in cells.get((BASELINE, None), ())}
+    baseline = {r.seed: r.bwt for r in cells.get((BASELINE, None), ())}
     found = []
     for (method, strength), runs in cells.items():
         if not runs:
             continue
-        values = [_values(run, by_seed.get(run.seed)) for run in runs]
-        columns = {name: [v[name] for v in values] for name in COLUMNS}
+        values = [_values(run) for run in runs]
+        columns = {name: [v[name] for v in values] for name in values[0]}
         mean, error = ({name: of(column) for name, column in columns.items()} for of in (_mean, _standard_error))
+        mean["forgetting_left"], error["forgetting_left"] = _forgetting_left(runs, baseline), None
         found.append(Point(method, strength, sorted(run.seed for run in runs), mean, error))
     return found
 
 
-def _values(run: RunResults, baseline: RunResults | None) -> dict[str, float | None]:
-    """The columns of one run; what is left of forgetting is its backward transfer over the baseline's of the same seed."""
-    left = None
-    if baseline is not None and run.bwt is not None and baseline.bwt:
-        left = run.bwt / baseline.bwt
+def _forgetting_left(runs: Sequence[RunResults], baseline: Mapping[int, float | None]) -> float | None:
+    """Mean backward transfer over the baseline's mean, both over the seeds that both have.
+
+    Of the means: a seed on which the baseline happens to forget little would decide a mean of ratios.
+    """
+    pairs = [(run.bwt, baseline.get(run.seed)) for run in runs]
+    known = [(own, plain) for own, plain in pairs if own is not None and plain is not None]
+    whole = math.fsum(plain for _, plain in known)
+    return math.fsum(own for own, _ in known) / whole if whole else None
+
+
+def _values(run: RunResults) -> dict[str, float | None]:
+    """The columns of one run."""
     return {
         "acc": run.acc,
         "bwt": run.bwt,
-        "forgetting_left": left,
         "learning_accuracy": run.learning_accuracy,
         "class_incremental": run.class_incremental_acc,
         "bytes": None if run.memory_bytes is None else float(run.memory_bytes),
@@ -160,7 +168,7 @@ def note(found: Frontier) -> str:
     )
     return (
         f"Strength of the highest ACC among those with LA within {MARGIN:.3f} of fine-tuning's, chosen {seeds}; * where none "
-        "is: then that of the highest LA. left: BWT over fine-tuning's; class-inc: ACC with the task unknown; bytes: kept "
+        "is: then that of the highest LA. left: mean BWT over fine-tuning's; class-inc: ACC with the task unknown; bytes: kept "
         "between tasks; extra s: added by the method; ± standard error over seeds; p: two-sided paired t test of ACC against "
         "fine-tuning's, not corrected for the number of methods."
     )
@@ -176,7 +184,7 @@ def cells(row: Row) -> list[str]:
         elif name in ("bytes", "seconds", "overhead"):
             shown.append(f"{mean / 1e6:.1f} MB" if name == "bytes" else f"{mean:.0f}")
         elif name == "forgetting_left":
-            shown.append(f"{mean:.0%}")
+            shown.append(f"{round(100 * mean) or 0}%")
         else:
             shown.append(f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     strength = "-" if point.strength is None else f"{point.strength:g}"
