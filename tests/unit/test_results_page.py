@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.study import choice_table, table
+from nostalgia.reporting.frontier import Frontier, Point, Row, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -76,3 +77,14 @@ def the_point(points: list[dict[str, Any]], row: list[str]) -> dict[str, Any]:
     strength = None if shown == "-" else float(shown)
     (point,) = [point for point in points if point["method"] == row[0] and point["strength"] == strength]
     return point
+
+
+def test_the_table_of_split_fashion_is_made_of_its_file() -> None:
+    found = json.loads((DOCS / "results" / "split_fashion_frontier.json").read_text())
+    rows = [Row(Point(**row["point"]), row["reaches"], row["p_value"]) for row in found["rows"]]
+    points = [Point(**point) for point in found["points"]]
+    assert markdown(Frontier(points, rows, found["selected_on"])) in (DOCS / "results.md").read_text()
+    plain = next(point.mean["bwt"] for point in points if point.method == "finetune")
+    assert plain is not None
+    for method in {point.method for point in points} - {"finetune", "joint", "heads_only"}:
+        assert max(point.mean["bwt"] or 0.0 for point in points if point.method == method) > plain, method
