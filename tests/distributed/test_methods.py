@@ -53,20 +53,32 @@ CASES["shared head"] = [
 ]  # fmt: skip
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", CASES)
-def test_losses_and_gradients_are_those_of_one_process(name: str) -> None:
-    one = {"one": [*CASES[name], *BASE, "dataset.batch_size=16"]}
-    two = {layout: [*CASES[name], *BASE, "dataset.batch_size=8"] for layout in ("ddp", "fsdp")}
+def check_layouts(name: str, ranks: int, batch: int, within: float) -> None:
+    """The losses and gradient norms of ``ranks``, under DDP and FSDP2, are those of one process on the same batches."""
+    one = {"one": [*CASES[name], *BASE, f"dataset.batch_size={batch}"]}
+    several = {layout: [*CASES[name], *BASE, f"dataset.batch_size={batch // ranks}"] for layout in ("ddp", "fsdp")}
     with ThreadPoolExecutor() as pool:
-        alone, pair = pool.map(lambda job: run_ranks(check_runs, job[0], runs=job[1])[0], ((1, one), (2, two)))
+        alone, found = pool.map(lambda job: run_ranks(check_runs, job[0], runs=job[1])[0], ((1, one), (ranks, several)))
     expected = alone["one"]["steps"]
     assert len(expected) >= 12
     for layout in ("ddp", "fsdp"):
-        assert len(pair[layout]["steps"]) == len(expected)
-        for number, ((loss, norm, _), other) in enumerate(zip(expected, pair[layout]["steps"], strict=True)):
-            assert other[0] == pytest.approx(loss, abs=1e-9), (layout, number)
+        assert len(found[layout]["steps"]) == len(expected)
+        for number, ((loss, norm, _), other) in enumerate(zip(expected, found[layout]["steps"], strict=True)):
+            assert other[0] == pytest.approx(loss, abs=within), (layout, number)
             assert other[1] == pytest.approx(norm, rel=1e-6), (layout, number)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_one_process(name: str) -> None:
+    check_layouts(name, ranks=2, batch=16, within=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", CASES)
+def test_losses_of_three_ranks_are_those_of_one_process(name: str) -> None:
+    check_layouts(name, ranks=3, batch=12, within=1e-9)
 
 
 def test_forgetting_of_merged_adapters_is_predicted_in_their_layers_weights() -> None:
