@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from nostalgia.config import parse
-from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.errors import NotFoundError, RunFailedError, UsageError
 from nostalgia.experiment import program
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
@@ -21,8 +21,8 @@ from tests.distributed.cases_training import forget_accelerate
 IMAGES = 12  # a class
 
 
-class Broken(RuntimeError):
-    """What ends a run before its time."""
+class Broken(RunFailedError):
+    """What ends a run before its time, whose checkpoint is written to the end."""
 
 
 def run(*words: str, precision: str = "32") -> None:
