@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nostalgia import config as configuration
 from nostalgia import train
 from nostalgia.config import Config
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.plain.arguments import CommandParser
 
 #: What may differ from the run: where data is and how it is read, never what is measured.
 ALLOWED = (
@@ -50,20 +50,13 @@ class EvaluationRequest:
     output: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"command line: {message}; --help shows examples")
-
-
 def parse(argv: list[str]) -> EvaluationRequest:
     """Raises UsageError for a command line that cannot be meant, NotFoundError where there is no such run."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="nostalgia.evaluate",
         usage="python -m nostalgia.evaluate RUN_DIR [--task NAME] [--data FOLDER] [KEY=VALUE ...]",
         description="Measure a finished run again, class by class: on its own tasks, or on a folder of images.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder")
     parser.add_argument("--task", metavar="NAME", help="only this task, by name or number")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from nostalgia import config as configuration
 from nostalgia import train
 from nostalgia.config import Config
 from nostalgia.errors import UsageError
+from nostalgia.plain.arguments import CommandParser
+from nostalgia.reporting.scale_model import Cluster
 
 EPILOG = """examples:
   python -m nostalgia.plan --suite main --gpus 64 --nodes 8
@@ -27,52 +28,45 @@ All other words are those of nostalgia.train. Exit codes as there.
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """``machine`` are the fields of a `Cluster`."""
+    """The run's configuration, and the machines it is planned for."""
 
     config: Config
-    machine: dict[str, Any]
+    cluster: Cluster
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"command line: {message}; --help shows examples")
-
-
+#: Flags of a number above 0, by the field of `Cluster` they set.
 RATES = {
-    "tflops": ("teraflops", 80.0, "TFLOP/s that training passes reach on a GPU"),
-    "memory-rate": ("memory_rate", 2000.0, "GB/s that a matrix times one vector reads"),
-    "link": ("link_rate", 300.0, "GB/s a GPU within a node"),
-    "network": ("network_rate", 25.0, "GB/s a GPU between nodes"),
-    "memory": ("memory", 80.0, "GB of memory a GPU"),
+    "teraflops": ("--tflops", "TFLOP/s that training passes reach on a GPU"),
+    "memory_rate": ("--memory-rate", "GB/s that a matrix times one vector reads"),
+    "link_rate": ("--link", "GB/s a GPU within a node"),
+    "network_rate": ("--network", "GB/s a GPU between nodes"),
+    "memory": ("--memory", "GB of memory a GPU"),
 }
 
 
 def parse(argv: list[str]) -> PlanRequest:
     """Raises UsageError for a command line that cannot be meant."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="nostalgia.plan",
         usage="python -m nostalgia.plan [--gpus N] [--nodes N] [--strategy ddp|fsdp] [--suite NAME] [KEY=VALUE ...]",
         description="Time and memory a GPU of each stage of a run, on machines that need not be here.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, help="in all (default 1)")
     parser.add_argument("--nodes", type=int, default=1, help="that they are on (default 1)")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
-    for flag, (name, default, meaning) in RATES.items():
-        parser.add_argument(
-            f"--{flag}", dest=name, type=float, default=default, help=f"{meaning} (default {default:g})"
-        )
+    for name, (flag, meaning) in RATES.items():
+        default = getattr(Cluster, name)
+        parser.add_argument(flag, dest=name, type=float, default=default, help=f"{meaning} (default {default:g})")
     flags, words = parser.parse_known_args(argv)
     if flags.gpus < 1 or flags.nodes < 1 or flags.gpus % flags.nodes:
         raise UsageError(f"--gpus {flags.gpus} --nodes {flags.nodes}: allowed is a whole number of GPUs a node")
-    for flag, (name, _, _) in RATES.items():
-        if not getattr(flags, name) > 0:
-            raise UsageError(f"--{flag} {getattr(flags, name):g}: allowed is a number above 0")
-    machine = {name: getattr(flags, name) for name, _, _ in RATES.values()}
-    machine |= {"gpus": flags.gpus, "nodes": flags.nodes, "sharded": flags.strategy == "fsdp"}
-    return PlanRequest(configuration.parse([*words, "train.accelerator=cpu"]).config, machine)
+    rates = {name: getattr(flags, name) for name in RATES}
+    for name, rate in rates.items():
+        if not rate > 0:
+            raise UsageError(f"{RATES[name][0]} {rate:g}: allowed is a number above 0")
+    cluster = Cluster(gpus=flags.gpus, nodes=flags.nodes, sharded=flags.strategy == "fsdp", **rates)
+    return PlanRequest(configuration.parse([*words, "train.accelerator=cpu"]).config, cluster)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,9 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run(request: PlanRequest, accelerator: Any, precision: str) -> None:
         from nostalgia.experiment.scale import plan
-        from nostalgia.reporting.scale_model import Cluster
 
-        plan(request.config, Cluster(**request.machine), accelerator, precision)
+        plan(request.config, request.cluster, accelerator, precision)
 
     return train.main(argv, parse=parse, run=run)
 

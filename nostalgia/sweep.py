@@ -5,12 +5,11 @@ python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seed
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -19,6 +18,7 @@ from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
 from nostalgia.experiment.components import complete_method
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.methods.loading import method_class
+from nostalgia.plain.arguments import CommandParser
 from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.results import RunResults, read_results
 from nostalgia.reporting.streams import make_console
@@ -277,19 +277,12 @@ def _read_strengths(text: str | None, methods: Sequence[str]) -> Strengths:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"command line: {message}; --help shows examples")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="nostalgia.sweep",
         usage="python -m nostalgia.sweep --suite NAME --methods A,B --seeds 0,1 [options] [KEY=VALUE ...]",
         description="Run methods x seeds of one suite and put them side by side.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--methods", default="nostalgia,finetune,joint", metavar="A,B", help="default: %(default)s")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: %(default)s")

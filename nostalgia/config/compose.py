@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -25,6 +24,7 @@ from nostalgia.config.schema import Config
 from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.options import nearest
+from nostalgia.plain.arguments import CommandParser
 
 GROUPS = ("dataset", "model", "method", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's
@@ -79,11 +79,6 @@ class Request:
     run_dir: Path | None = None  # the run's folder, where it is given
     resume: str | None = None  # "must" go on in ``run_dir``, or "auto": begin there where there is no run
     resume_override: bool = False
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"command line: {message}; --help shows examples")
 
 
 def parse(argv: list[str]) -> Request:
@@ -168,14 +163,12 @@ def known_keys() -> list[str]:
     return walk(Config, "")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="nostalgia.train",
         usage="python -m nostalgia.train [--suite NAME] [options] [KEY=VALUE ...]",
         description="Continual fine-tuning of a vision backbone that does not forget.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--suite", metavar="NAME", help=f"one of {', '.join(_options('suite'))}")
     parser.add_argument("--debug", action="store_true", help="a few batches and products a task, deterministic")
