@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Sequence
 
 from nostalgia.sweep_runner import Job
+
+IMPORTED = ("nostalgia.experiment.program", "peft", "torchvision.transforms.v2", "transformers")
 
 
 def run_missing(
@@ -20,8 +23,8 @@ def run_missing(
     A run's output is in its log, and so is the reason of one that fails. Of a complete run's folder only ``keep`` stays; None:
     all of it (a run of ten tasks holds ten checkpoints and their memories).
     """
-    import nostalgia.experiment.program  # noqa: F401  before the forks, which then have it
-
+    for name in IMPORTED:  # before the forks, which then have them
+        importlib.import_module(name)
     gc.freeze()  # a collection in a fork need not walk the libraries
     under_way = 0
     for job in jobs:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_1samp
+from transformers import AutoModel
 
 from bench.forks import run_missing
 from nostalgia.errors import NotFoundError
@@ -65,21 +66,30 @@ def shown(candidate: Candidate) -> str:
     return " ".join(f"{option}={value:g}" for option, value in candidate.items())
 
 
+PREDICTED = "analysis.predict_forgetting=true"
 ARMS = {
     "finetune": Arm("finetune", (SAME,)),
-    "finetune, fresh": Arm("finetune", (FRESH,)),
     "heads_only": Arm("heads_only", (SAME,)),
-    "nostalgia": Arm("nostalgia", (FRESH,), {"tail_strength": (1, 3, 10), "tail_temperature": (2, 4)}),
-    "kronecker": Arm("kronecker", (FRESH,), {"strength": (1, 3, 10, 30), "temperature": (2, 4)}),
+    "nostalgia": Arm("nostalgia", (FRESH,), {"tail_strength": (3, 10), "tail_temperature": (4, 8)}),
+    "kronecker": Arm("kronecker", (FRESH, PREDICTED), {"strength": (3, 10, 30), "temperature": (4, 8)}),
+    "kronecker, one pair a layer": Arm(
+        "kronecker", (FRESH, "method.budget_bytes=0"), {"strength": (3, 10, 30), "temperature": (4,)}
+    ),
     "projection": Arm("nostalgia", (SAME, "method.tail=none"), {"top_k": (32, 128)}),
-    "projection, fresh": Arm("nostalgia", (FRESH, "method.tail=none"), {"top_k": (32, 128)}),
-    "ewc": Arm("ewc", (SAME,), {"strength": (100, 1000, 10000)}),
-    "ewc_lora": Arm("ewc_lora", (), {"strength": (10, 100, 1000)}),
-    "lwf": Arm("lwf", (SAME,), {"strength": (0.1, 1, 10)}),
-    "lwf, fresh": Arm("lwf", (FRESH,), {"strength": (0.1, 1, 10)}),
-    "gpm": Arm("gpm", (SAME,), {"threshold": (0.8, 0.9, 0.97)}),
-    "l2sp": Arm("l2sp", (SAME,), {"strength": (0.01, 0.1)}),
-    "agem": Arm("agem", (SAME,), {"budget_bytes": (1_000_000, 10_000_000)}),
+    "ewc": Arm("ewc", (SAME,), {"strength": (10, 100, 1000, 10000)}),
+    "ewc_lora": Arm("ewc_lora", (), {"strength": (1, 10, 100, 1000)}),
+    "lwf": Arm("lwf", (SAME,), {"strength": (0.1, 1, 10, 100)}),
+    "lwf, fresh": Arm("lwf", (FRESH,), {"strength": (0.1, 1, 10, 100)}),
+    "gpm": Arm("gpm", (SAME,), {"threshold": (0.8, 0.9, 0.97, 0.99)}),
+    "l2sp": Arm("l2sp", (SAME,), {"strength": (0.001, 0.01, 0.1, 1)}),
+    "agem": Arm("agem", (SAME,), {"budget_bytes": (1_000_000, 10_000_000, 100_000_000)}),
+}
+# The whole network trained, without adapters: a ViT at a tenth of the rate, or a ResNet (--model resnet18).
+WHOLE = ("model.use_lora=false", "train.lr=1e-4")
+WHOLE_ARMS = {
+    "finetune, whole": Arm("finetune", WHOLE),
+    "heads_only, whole": Arm("heads_only", WHOLE),
+    "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 100), "temperature": (4,)}),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
 PENALTY = (3, 10, 30, 100, 300)
@@ -119,9 +129,9 @@ class Study:
     def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
         self.options = options
         self.streams = streams(options.glyphs.resolve())
-        model = ("model=vit", f"model.model_id={options.weights.resolve()}")
+        model = (f"model={options.model}", f"model.model_id={options.weights.resolve()}")
         self.words = ("--quiet", *model, *TRAINING, *words)
-        known = {**ARMS, **VARIANTS}
+        known = {**ARMS, **WHOLE_ARMS, **VARIANTS}
         self.arms = {name: known[name] for name in options.arms.split(";")}
 
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
@@ -168,6 +178,11 @@ def measures(folder: Path) -> dict[str, Any] | None:
     found["class_incremental"] = (raw.get("class_incremental") or {}).get("acc")
     found["overhead_seconds"] = raw["overhead_seconds"]
     found["accuracy_matrix"] = raw["accuracy_matrix"]
+    prediction = folder / "results" / "forgetting_prediction.json"
+    if prediction.exists():
+        found["prediction_rows"] = [
+            [row["measured"], row["predicted"]] for row in json.loads(prediction.read_text())["rows"]
+        ]
     found["device"], found["precision"] = results.details.get("device"), results.details.get("precision")
     return found
 
@@ -186,9 +201,10 @@ def summary(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown, a part a stream; over the seeds that an arm and fine-tuning have both."""
+    """Markdown, a part a stream; over the seeds that an arm and fine-tuning, the first arm, have both."""
     lines = []
     done = [run for run in found["runs"] if "acc" in run]
+    plain = next(iter(found["chosen"]))
     for stream in dict.fromkeys(run["stream"] for run in done):
         here = {(run["arm"], run["seed"]): run for run in done if run["stream"] == stream}
         lines += [
@@ -197,11 +213,9 @@ def table(found: dict[str, Any]) -> str:
         ]
         lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arm, candidate in found["chosen"].items():
-            seeds = [seed for name, seed in here if name == arm and ("finetune", seed) in here]
+            seeds = [seed for name, seed in here if name == arm and (plain, seed) in here]
             if seeds:
-                lines.append(
-                    _row(arm, candidate, [here[arm, seed] for seed in seeds], [here["finetune", s] for s in seeds])
-                )
+                lines.append(_row(arm, candidate, [here[arm, s] for s in seeds], [here[plain, s] for s in seeds]))
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -251,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=about)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--weights", type=Path, required=True, help="a pretrained ViT's folder")
+    parser.add_argument("--weights", type=Path, required=True, help="a pretrained network's folder")
+    parser.add_argument("--model", default="vit", help="of configs/model (default %(default)s)")
     parser.add_argument("--glyphs", type=Path, required=True, help="what python -m bench.glyphs wrote")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="reported (default %(default)s)")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons; default: %(default)s")
@@ -259,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="start no run after that")
     options, words = parser.parse_known_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if (options.weights / "config.json").exists():
+        AutoModel.from_pretrained(options.weights)  # imports its module, which the forks then have
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     seeds = [int(seed) for seed in options.seeds.split(",") if seed]
     study = Study(options, words)
