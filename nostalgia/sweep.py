@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from nostalgia.config import Config, parse
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
-from nostalgia.experiment.components import complete_method
 from nostalgia.experiment.data_check import absolute_paths
+from nostalgia.experiment.method_choice import complete_method
 from nostalgia.methods.loading import method_class
 from nostalgia.plain.arguments import CommandParser
 from nostalgia.plain.yaml_files import read_yaml

@@ -12,9 +12,10 @@ from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.curvature.rows import captured_energy
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.tasks import Task
-from nostalgia.experiment.components import Components, curvature_options
+from nostalgia.experiment.components import Components
 from nostalgia.experiment.context import curvature_samples
 from nostalgia.experiment.forgetting_observer import ForgettingObserver
+from nostalgia.experiment.method_choice import curvature_options
 from nostalgia.experiment.saved_curvature import SavedBlocks, SavedFactors
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import principal_angles
@@ -42,8 +43,8 @@ class Analysis:
             if self.forgetting.expansions:  # of a method that leaves the last task's curvature out
                 self.forgetting.measure(task)
             return None
-        operator = self.forgetting.operator(task, self.run.config.curvature.hvp)
-        if pairs is None and factors is None and not self.forgetting.weights:
+        operator = self.forgetting.losses.operator(task, self.run.config.curvature.hvp)
+        if pairs is None and factors is None and not self.forgetting.losses.in_weights:
             pairs = top_eigenpairs(operator, self.run.config.analysis.top_k, curvature_options(self.run.config))
         if factors is not None:
             self.factors.save(task, factors)
@@ -69,7 +70,7 @@ class Analysis:
         """tr(Q^T G Q) / tr G over validation images of the task: samples that Q was not made of."""
         run, options = self.run, curvature_options(self.run.config)
         batches = curvature_samples(run, [task], self.run.config.analysis.captured_energy_samples, train=False)
-        model = self.forgetting.model(task)
+        model = self.forgetting.losses.model(task)
         rows = gradient_rows(model, run.objective, batches, run.scope_parameters(), run.accelerator, options, run.space)
         return captured_energy(rows, pairs.eigenvectors)
 
@@ -86,7 +87,7 @@ class Analysis:
         energy = {}
         if run.config.curvature.kind == "ggn" and options.captured_energy_samples:
             energy = {"captured_energy": self._captured_energy(task, pairs)}
-        expansion = None if self.forgetting.weights else self.forgetting.expansions.get(task.name)
+        expansion = None if self.forgetting.losses.in_weights else self.forgetting.expansions.get(task.name)
         trace = {} if expansion is None else {"trace": expansion.trace, "trace_error": expansion.rest_error}
         importance = parameter_shares(pairs.eigenvectors, pairs.eigenvalues, pairs.space)
         report = run.method.report()

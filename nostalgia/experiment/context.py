@@ -13,7 +13,8 @@ from nostalgia.data.prepared import Prepared
 from nostalgia.data.stream import Batch, curvature_batches
 from nostalgia.data.tasks import Task
 from nostalgia.errors import UsageError
-from nostalgia.experiment.components import Components, curvature_options
+from nostalgia.experiment.components import Components
+from nostalgia.experiment.method_choice import curvature_options
 from nostalgia.methods.base import TaskContext
 from nostalgia.parallel.coordination import agree
 

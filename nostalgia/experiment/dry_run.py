@@ -21,7 +21,8 @@ from nostalgia.config import Config, Request
 from nostalgia.data.images import ArrayImages
 from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.components import Components, build_components, source_loader, task_specs
+from nostalgia.experiment.components import Components, build_components
+from nostalgia.experiment.task_data import source_loader, task_specs
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
 from nostalgia.reporting.streams import make_console

@@ -15,22 +15,18 @@ from nostalgia.experiment.analysis import Analysis
 from nostalgia.experiment.checkpointing import Checkpointer, Schedule
 from nostalgia.experiment.context import task_context
 from nostalgia.experiment.evaluation import Evaluator
-from nostalgia.experiment.heads import heads_in_training, new_heads
-from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.experiment.outcome import make_log, run_results, say_outcome
-from nostalgia.experiment.phases import begin_adapters_anew, fit_phase
+from nostalgia.experiment.phases import Phases
 from nostalgia.experiment.snapshot import Snapshot
 from nostalgia.experiment.state import STAGES, RunState
 
 if TYPE_CHECKING:
     from nostalgia.checkpoint.store import CheckpointContents
     from nostalgia.data.tasks import Task
-    from nostalgia.evaluation.accuracy import Score
     from nostalgia.experiment.components import Components
     from nostalgia.experiment.resume import ResumedRun
     from nostalgia.reporting.progress import Progress
     from nostalgia.reporting.results import RunResults
-    from nostalgia.training.loop import Training
 
 
 class Experiment:
@@ -48,8 +44,7 @@ class Experiment:
         self.snapshot = Snapshot(run, self.analysis, self.initial, folder)
         self.evaluator = Evaluator(run)
         self.rounds = [run.tasks] if run.method.joint else [[task] for task in run.tasks]
-        self.training: Training | None = None  # the phase in progress
-        self.observer: PhaseObserver | None = None  # of it
+        self.phases = Phases(self)
         self.warm_head: nn.Module | None = None
         self.resumed = resumed if resumed is not None and resumed.state is not None else None
         self._started = self._round_started = time.perf_counter()
@@ -77,7 +72,7 @@ class Experiment:
             for stage in STAGES[STAGES.index(self.state.stage) :]:
                 self.state.stage = stage
                 if self.resumed is not None and self.resumed.phase is None:
-                    self._finish_resuming()
+                    self.finish_resuming()
                 stages[stage](tasks)
             state = self.state
             state.seconds.append(self._round_elapsed())
@@ -94,13 +89,13 @@ class Experiment:
             return
         backbone = copy.deepcopy(self.c.backbone)
         backbone.load_state_dict(self.initial)
-        self.state.baseline.append(self._fit_head(tasks[0], backbone, record=False)[1].accuracy)
+        self.state.baseline.append(self.phases.fit_head(tasks[0], backbone, record=False)[1].accuracy)
 
     def _warm_up(self, tasks: list[Task]) -> None:
         """Fit the new head alone, and measure what it gives before the task's own training."""
         if not self._warms_up:
             return
-        self.warm_head, score = self._fit_head(tasks[0], self.c.backbone, record=True)
+        self.warm_head, score = self.phases.fit_head(tasks[0], self.c.backbone, record=True)
         self.state.before.append(score.accuracy)
         self.log.evaluation(
             step=self.state.step,
@@ -111,31 +106,8 @@ class Experiment:
         )
 
     def _train(self, tasks: list[Task]) -> None:
-        run, state = self.c, self.state
-        if tasks[0].index > 1 and not self._resumes_a_phase:
-            begin_adapters_anew(run, tasks[0])
-        new = new_heads(run, tasks) if self.warm_head is None else {tasks[0].head: self.warm_head}
-        heads = heads_in_training(run, new)
-        names = list(heads)
-        name = tasks[0].name if len(tasks) == 1 else "joint"
-        loader = run.loader(tasks, train=True, name=name, heads=[names.index(task.head) for task in tasks])
-        validate = None
-        if len(tasks) == 1:
-            head, pause_point = names.index(tasks[0].head), self.checkpoints.pause_point
-            validate = lambda model: self.evaluator.score(model, tasks[0], head, pause_point)  # noqa: E731
-        observer = PhaseObserver(self.progress, self.log, name, state.step, validate=validate)
-        model = fit_phase(
-            self,
-            run.backbone,
-            list(heads.values()),
-            loader,
-            run.epochs(tasks[0]) if len(tasks) == 1 else self.config.train.epochs,
-            observer,
-            task_context(run, tasks, nn.Identity(), names, self._no_pause),
-        )
+        self.phases.train(tasks, self.warm_head)
         self.warm_head = None
-        state.step, state.metrics, state.tasks = state.step + observer.steps, observer.metrics, tasks[-1].index
-        run.take_trained(model, names, len(tasks))
 
     def _end(self, tasks: list[Task]) -> None:
         """The method takes in what it remembers of the task, which it may also change the network by."""
@@ -198,74 +170,25 @@ class Experiment:
         return self.config.train.head_warmup_epochs > 0 and not self.c.method.joint
 
     @property
-    def _resumes_a_phase(self) -> bool:
+    def resumes_a_phase(self) -> bool:
         return self.resumed is not None and self.resumed.phase is not None
 
-    def _fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
-        """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
-        loader = self.c.loader([task], train=True)
-        observer = PhaseObserver(
-            self.progress,
-            self.log,
-            task.name,
-            self.state.step,
-            label="warmup",
-            record=record,
-            finish=lambda model: self.evaluator.score(model, task, 0, self.checkpoints.pause_point),
-        )
-        backbone.set_trainable(False)  # type: ignore[operator]
-        epochs = self.config.train.head_warmup_epochs
-        heads = list(new_heads(self.c, [task]).values())
-        context = task_context(self.c, [task], nn.Identity(), [task.head], self._no_pause)
-        model = fit_phase(self, backbone, heads, loader, epochs, observer, context, head_only=True)
-        model.backbone.set_trainable(True)  # type: ignore[operator]
-        if record:
-            self.state.step += observer.steps
-            self.c.backbone = model.backbone  # type: ignore[assignment]
-        assert observer.score is not None
-        return model.heads[0], observer.score
-
     # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def after_step(self, epoch_done: bool) -> None:
-        assert self.training is not None
-        self.checkpoints.after_step(self.training.taken, epoch_done)
-
-    def begin_phase(self, training: Training, observer: PhaseObserver) -> None:
-        """A phase of training begins, or goes on where a run was interrupted within it."""
-        self.training, self.observer = training, observer
-        if self._resumes_a_phase:
-            assert self.resumed is not None
-            assert self.resumed.phase is not None
-            training.restore(self.resumed.phase, self.resumed.source)
-            if training.phase.method is self.c.method:
-                self.snapshot.load_method(self.resumed.source)
-            observer.metrics = self.state.metrics
-            self._finish_resuming()
-
-    def end_phase(self) -> None:
-        assert self.training is not None
-        if self.training.phase.method is self.c.method:
-            self.state.training_overhead += self.training.clock.seconds
-            self.state.between_overhead += self.training.begin_seconds
-        self.training = self.observer = None
 
     def _contents(self, kind: str) -> CheckpointContents:
         """All that the run depends on from here; a collective."""
         saved = copy.copy(self.state)
         saved.elapsed, saved.round_elapsed = self._elapsed(), self._round_elapsed()
-        if self.observer is not None:
-            saved.metrics = self.observer.metrics
-        if self.training is not None and self.training.phase.method is self.c.method:
-            saved.training_overhead += self.training.clock.seconds
-            saved.between_overhead += self.training.begin_seconds
+        saved.training_overhead, saved.between_overhead = self.phases.overhead()
+        if self.phases.observer is not None:
+            saved.metrics = self.phases.observer.metrics
         if self._ending is not None:
             saved.between_overhead += time.perf_counter() - self._ending
-        contents = self.snapshot.take(kind, saved, self.training, self.log.position())
+        contents = self.snapshot.take(kind, saved, self.phases.training, self.log.position())
         contents.before = self.log.sync
         return contents
 
-    def _finish_resuming(self) -> None:
+    def finish_resuming(self) -> None:
         """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
         assert self.resumed is not None
         self.snapshot.check_method(self.resumed.source)
@@ -280,7 +203,3 @@ class Experiment:
 
     def _warn(self, line: str) -> None:
         self.progress.console.print(f"warning: {line}", highlight=False, markup=False)
-
-    @staticmethod
-    def _no_pause(work: int, done: int, of: int) -> None:
-        """Between steps the loop itself is where a run may stop."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.panel import Panel
 
 from nostalgia.config import Config, Request, parse
-from nostalgia.experiment.components import Components, chosen_method, complete_method, merges_adapters
+from nostalgia.experiment.components import Components
+from nostalgia.experiment.method_choice import chosen_method, complete_method, merges_adapters
 from nostalgia.methods.base import MemoryPlan
 from nostalgia.models.adapters import adapted_weights
 from nostalgia.reporting.console import RunInfo

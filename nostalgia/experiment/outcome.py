@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from nostalgia.data.tasks import Task
-from nostalgia.experiment.components import Components, versions
+from nostalgia.experiment.components import Components
 from nostalgia.experiment.info import device_name
 from nostalgia.experiment.state import RunState
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.parallel.accelerator import strategy
+from nostalgia.plain.versions import versions
 from nostalgia.reporting.console import TaskOutcome, task_row
 from nostalgia.reporting.results import RunResults
 from nostalgia.reporting.run_log import RunLog

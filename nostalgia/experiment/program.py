@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from nostalgia.config import Request
 from nostalgia.data.tasks import data_notes
-from nostalgia.experiment.components import Components, build_components, complete_method
+from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.data_check import absolute_paths, check_data, record_data
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import run_info, run_notes
+from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.resume import ResumedRun, open_run
 from nostalgia.parallel.coordination import on_main
 from nostalgia.reporting.console import print_config, start_panel

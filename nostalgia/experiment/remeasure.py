@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from nostalgia.data.folders import class_folders
-from nostalgia.data.images import Subset
 from nostalgia.data.stream import View
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluation.per_class import evaluate_classes
-from nostalgia.experiment.components import load_tasks, task_loader, task_specs
 from nostalgia.experiment.data_check import FILE, check_data
 from nostalgia.experiment.exporting import EXPORT
-from nostalgia.models import load_heads, norm_statistics
+from nostalgia.experiment.task_data import folder_task, load_tasks, task_loader
+from nostalgia.models import norm_statistics
 from nostalgia.models.exported import load_classes, load_export
 from nostalgia.parallel.coordination import agree, on_main
 from nostalgia.reporting.class_table import Measured, print_measured
@@ -71,7 +68,7 @@ def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], acce
     """The chosen tasks, labelled by the outputs of their heads: the run's own, or with the images of a folder."""
     if request.data is not None:
         folder, name = request.data, chosen[0]
-        return [agree(accelerator, lambda: _folder_task(request, folder, name, list(classes), classes[name]))]
+        return [agree(accelerator, lambda: folder_task(request.config, folder, name, classes))]
 
     def check(tasks: list[Task]) -> list[Task]:
         for task in tasks:
@@ -90,32 +87,6 @@ def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], acce
     return [task for task in agree(accelerator, lambda: check(tasks)) if task.name in chosen]
 
 
-def _folder_task(request: EvaluationRequest, folder: Path, name: str, names: list[str], classes: list[str]) -> Task:
-    train, val = class_folders(folder.resolve().name, folder)
-    images = train if val is None else val
-    unknown = [c for c in images.classes if c not in classes]
-    if unknown:
-        listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise NotFoundError(
-            f"{folder}: class folders {listed} are no classes of {name}; it knows {', '.join(classes[:12])}"
-            f"{', ...' if len(classes) > 12 else ''}"
-        )
-    own = Subset(images, torch.arange(len(images))).counted_over(classes)
-    spec = task_specs(request.config)[names.index(name)]
-    return Task(
-        index=names.index(name) + 1,
-        name=name,
-        dataset=images.name,
-        classes=tuple(classes),
-        train=own,
-        val=own,
-        transform=spec.transform,
-        augment="none",
-        source=f"folder: {folder}",
-        head=name,
-    )
-
-
 def _measure(
     request: EvaluationRequest,
     tasks: list[Task],
@@ -126,20 +97,17 @@ def _measure(
 ) -> list[Measured]:
     """Each task with its own head and, where the run kept them, its own batch-norm statistics."""
     config, export = request.config, request.run_dir / EXPORT
-    file = export / "norm_statistics.safetensors"
-    backbone = agree(
-        accelerator, lambda: load_export(export, framework=config.model.framework, config=config.model.config)
-    )
-    heads = agree(accelerator, lambda: load_heads(export / "heads.safetensors"))
-    statistics = agree(accelerator, lambda: norm_statistics.load_statistics(file) if file.is_file() else {})
+    framework, settings = config.model.framework, config.model.config
+    exported = agree(accelerator, lambda: load_export(export, framework=framework, config=settings))
+    backbone = exported.backbone
     dtype = torch.float64 if precision == "64" else torch.float32
     backbone.to(device=accelerator.device, dtype=dtype)
     view = View(backbone.resizing, tuple(backbone.mean), tuple(backbone.std), accelerator.device, dtype)
     measured = []
     for task in tasks:
         loader = task_loader(config, accelerator, view, [task], train=False)
-        head = heads[task.name].to(device=accelerator.device, dtype=dtype)
-        with norm_statistics.using(backbone, statistics.get(task.name)):
+        head = exported.heads[task.name].to(device=accelerator.device, dtype=dtype)
+        with norm_statistics.using(backbone, exported.norm_statistics.get(task.name)):
             limit = config.train.max_eval_batches
             scores = evaluate_classes(backbone, head, classes[task.name], loader, accelerator, limit)
         measured.append(Measured(task.name, scores, before.get(task.name)))

@@ -13,14 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nostalgia.config import Config
 from nostalgia.data.tasks import Missing, find_tasks
-from nostalgia.experiment.components import (
-    Components,
-    build_components,
-    complete_method,
-    source_loader,
-    task_specs,
-)
+from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.dry_run import placeholder
+from nostalgia.experiment.method_choice import complete_method
+from nostalgia.experiment.task_data import source_loader, task_specs
 from nostalgia.methods.eigenspace import Eigenspace
 from nostalgia.methods.tail import KroneckerTail
 from nostalgia.models import Backbone

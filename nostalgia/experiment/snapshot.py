@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nostalgia.checkpoint.codec import ReadOnce, StateCodec
 from nostalgia.checkpoint.store import CheckpointContents, readable_checkpoint
 from nostalgia.errors import NotFoundError
-from nostalgia.experiment.components import Components, versions
+from nostalgia.experiment.components import Components
 from nostalgia.experiment.heads import empty_heads
+from nostalgia.experiment.identity import RunIdentity
 from nostalgia.experiment.state import RunState
 from nostalgia.models import norm_statistics
 from nostalgia.models.adapters import merged_weights
-from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel import tensors
-from nostalgia.parallel.accelerator import strategy
-from nostalgia.parallel.modules import inner_module, named_parameters
+from nostalgia.parallel.modules import named_parameters
 from nostalgia.parallel.random_state import capture_random_state, restore_random_state
 from nostalgia.training.loop import SavedPhase, Training
 
@@ -30,14 +26,12 @@ if TYPE_CHECKING:
     from nostalgia.experiment.analysis import Analysis
     from nostalgia.experiment.resume import ResumedRun
 
-FORMAT = 3  # of a checkpoint's state
-
 
 class Snapshot:
     """Makes the contents of a checkpoint from a run's state, and restores a run from them.
 
-    Of the backbone only what changes is kept: the rest is built anew from the same weights, which ``initial``'s
-    checksum makes sure of.
+    Of the backbone only what changes is kept: the rest is built anew from the same weights, which `RunIdentity` makes
+    sure of.
     """
 
     def __init__(self, run: Components, analysis: Analysis, initial: Mapping[str, Tensor], folder: Path) -> None:
@@ -45,24 +39,15 @@ class Snapshot:
         self.changing = {name for name, p in run.backbone.named_parameters() if p.requires_grad}
         if run.merges_adapters:
             self.changing |= set(merged_weights(run.backbone))
-        self.initial = _fingerprint(initial) if tensors.is_main() else ""
+        self.identity = RunIdentity(run, initial)
         self.method_state: Any = None  # of a resumed run: to be given once more when its task has begun
-        self.fixed = {
-            "format": FORMAT,
-            "tasks": [[t.name, t.classes] for t in run.tasks],
-            "initial": self.initial,
-            "global_batch": run.global_batch_size,
-            "strategy": strategy(run.accelerator),
-            "versions": versions(),
-            "config": OmegaConf.to_container(OmegaConf.structured(run.config), resolve=True),
-        }
 
     def take(self, kind: str, state: RunState, training: Training | None, log: dict[str, int]) -> CheckpointContents:
         """The contents of a checkpoint at this moment; a collective, empty of tensors on ranks other than 0."""
         run = self.run
         backbone: nn.Module = run.backbone
         if training is not None and state.stage != "baseline":  # which trains a head on a copy
-            backbone = cast(TaskModel, inner_module(training.wrapped)).backbone
+            backbone = training.backbone
         phase = None if training is None else training.capture()
         # Between phases they are those the last task ended with, whichever an evaluation under way has put in.
         between = training is None and len(run.norm_statistics) > 0
@@ -86,7 +71,7 @@ class Snapshot:
             "analysis": analysis.plain,
             "log": log,
             "ranks": rest,
-            **self.fixed,
+            **self.identity.saved,
         }
         # A tensor may stand under two names (the statistics of jointly trained tasks); in a file it is its own.
         values = {name: value.contiguous().clone() for name, value in values.items()}
@@ -109,7 +94,7 @@ class Snapshot:
     def _restore(self, resumed: ResumedRun) -> RunState:
         run, saved = self.run, resumed.state
         assert saved is not None
-        self._check_same_run(saved, resumed.source)
+        self.identity.check(saved, resumed.source)
         values, source = resumed.values, resumed.source
         state = RunState.from_json(saved["run"])
         tensors.from_main(self._kept(run.backbone), values, source)
@@ -174,25 +159,6 @@ class Snapshot:
         parameters = named_parameters(backbone)
         return {f"backbone/{name}": p.detach() for name, p in parameters.items() if name in self.changing}
 
-    def _check_same_run(self, saved: dict[str, Any], source: str) -> None:
-        """Raise NotFoundError where data or pretrained weights are not those the run began with."""
-        if saved.get("format") != FORMAT:
-            raise NotFoundError(
-                f"{source}: written by another version of this program, whose runs this one does not go on with; begin a "
-                "new run (report, figures and evaluate still read the old one)"
-            )
-        for task, (name, classes) in zip(self.run.tasks, saved["tasks"], strict=False):
-            if task.name != name or list(task.classes) != list(classes):
-                raise NotFoundError(
-                    f"{source}: {task.name} has {len(task.classes)} classes that are not those of {name} when the run "
-                    "began; put the data back, or begin a new run"
-                )
-        if tensors.broadcast_object(self.initial != saved["initial"]):
-            raise NotFoundError(
-                f"{source}: the backbone's first weights are not those the run began with (other pretrained weights, "
-                "or another version of a library); put them back, or begin a new run"
-            )
-
 
 def _named(prefix: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """``prefix/group/key`` of every tensor of ``groups``."""
@@ -222,11 +188,3 @@ def _join_tensors(value: Any, prefix: str, values: Mapping[str, Tensor]) -> Any:
 
 def _below(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): v for name, v in values.items() if name.startswith(f"{prefix}/")}
-
-
-def _fingerprint(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A backbone as a run left it in its ``export/``: the network, its adapters in place and not added in.
+"""The network as a run left it in its ``export/``: its adapters in place and not added in.
 
 Adding them in is the same function up to rounding; a run that is measured again must give the same numbers.
 """
@@ -7,23 +7,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.backbones import build_backbone
 from nostalgia.models.export import TORCHVISION_FILE, adapter_tensors
+from nostalgia.models.heads import load_heads
+from nostalgia.models.norm_statistics import load_statistics
 from nostalgia.plain.tensor_files import read_tensors
 
 
-def load_export(folder: Path, *, framework: str, config: Mapping[str, Any] | None = None) -> Backbone:
-    """The backbone that `export` wrote to ``folder``, in evaluation mode; ``config`` as it was built with.
+@dataclass(frozen=True)
+class Exported:
+    """``heads`` and ``norm_statistics`` are by task; the latter are empty where the run kept none of each task's own."""
+
+    backbone: Backbone
+    heads: dict[str, nn.Linear]
+    norm_statistics: dict[str, dict[str, Tensor]]
+
+
+def load_export(folder: Path, *, framework: str, config: Mapping[str, Any] | None = None) -> Exported:
+    """What `export` wrote to ``folder``, the backbone in evaluation mode; ``config`` as it was built with.
 
     Raises NotFoundError for an export that is not there or not whole.
     """
+    statistics = folder / "norm_statistics.safetensors"
+    return Exported(
+        _backbone(folder, framework, config),
+        load_heads(folder / "heads.safetensors"),
+        load_statistics(statistics) if statistics.is_file() else {},
+    )
+
+
+def _backbone(folder: Path, framework: str, config: Mapping[str, Any] | None) -> Backbone:
     network = folder / "backbone"
     if not network.is_dir():
         raise NotFoundError(f"{folder}: no exported model; a run leaves it at its end (experiment.export=true)")

@@ -128,6 +128,11 @@ class Training:
         self.epoch, self.step, self.taken = 1, 0, 0
         self._clock, self._images = time.perf_counter(), 0
 
+    @property
+    def backbone(self) -> nn.Module:
+        """As it is trained: wrapped where the strategy wraps by layer."""
+        return backbone_of(self.wrapped)
+
     def run(self) -> TaskModel:
         """Train to the end; returns an ordinary module with the result.
 
@@ -297,13 +302,17 @@ def make_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def backbone_of(wrapped: nn.Module) -> nn.Module:
+    return cast(TaskModel, inner_module(wrapped)).backbone
+
+
 def scope_parameters(wrapped: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The parameters of the wrapped model's backbone called ``names``, as they are trained (plain or DTensor)."""
-    available = dict(cast(TaskModel, inner_module(wrapped)).backbone.named_parameters())
+    available = dict(backbone_of(wrapped).named_parameters())
     return {name: available[name] for name in names}
 
 
 def set_training_mode(wrapped: nn.Module, frozen_backbone: bool) -> None:
     wrapped.train()
     if frozen_backbone:
-        cast(TaskModel, inner_module(wrapped)).backbone.eval()
+        backbone_of(wrapped).eval()

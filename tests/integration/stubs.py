@@ -39,7 +39,7 @@ from pathlib import Path
 from nostalgia.config import parse, save
 from nostalgia.reporting.results import RunResults, write_results
 
-from nostalgia.experiment.components import complete_method
+from nostalgia.experiment.method_choice import complete_method
 
 request = parse(sys.argv[sys.argv.index("-m") + 2 :])
 complete_method(request.config)

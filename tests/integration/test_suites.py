@@ -16,7 +16,7 @@ import torch
 from nostalgia import sweep
 from nostalgia.config import parse
 from nostalgia.config.compose import config_folder
-from nostalgia.experiment.components import complete_method
+from nostalgia.experiment.method_choice import complete_method
 from nostalgia.models import build_backbone, load_heads
 from nostalgia.models.export import _save_backbone
 from nostalgia.plain.yaml_files import read_yaml

@@ -6,7 +6,7 @@ import pytest
 
 from nostalgia.config import parse
 from nostalgia.errors import UsageError
-from nostalgia.experiment.components import chosen_method, complete_method, merges_adapters
+from nostalgia.experiment.method_choice import chosen_method, complete_method, merges_adapters
 
 LORA = ["model=vit", "model.use_lora=true"]
 

@@ -17,7 +17,8 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluate import parse
 from nostalgia.evaluation.accuracy import evaluate
 from nostalgia.evaluation.per_class import evaluate_classes
-from nostalgia.experiment.remeasure import _chosen, _folder_task
+from nostalgia.experiment.remeasure import _chosen
+from nostalgia.experiment.task_data import folder_task
 from nostalgia.models import make_head
 from nostalgia.models.task_model import TaskModel
 from tests.unit.data.trees import write_tree
@@ -68,15 +69,16 @@ def test_which_task(run: Path) -> None:
 
 
 def test_a_folder_of_images_under_the_tasks_classes(run: Path, tmp_path: Path) -> None:
-    request, classes = parse([str(run)]), [str(c) for c in range(10)]
+    config, classes = parse([str(run)]).config, [str(c) for c in range(10)]
+    both = {"task1_digits": classes, "task2_digits": classes}
     write_tree(tmp_path / "mine", ("7", "3"), train=4, val=2)
-    task = _folder_task(request, tmp_path / "mine", "task2_digits", ["task1_digits", "task2_digits"], classes)
+    task = folder_task(config, tmp_path / "mine", "task2_digits", both)
     assert (len(task.val), task.val.labels.tolist(), task.transform) == (4, [3, 3, 7, 7], ("invert",))
-    whole = _folder_task(request, tmp_path / "mine" / "train", "task1_digits", ["task1_digits"], classes)
+    whole = folder_task(config, tmp_path / "mine" / "train", "task1_digits", both)
     assert (len(whole.val), whole.transform) == (8, ())
     write_tree(tmp_path / "mine", ("many",), train=1, val=1)
     with pytest.raises(NotFoundError, match="class folders many are no classes of task1_digits; it knows 0, 1"):
-        _folder_task(request, tmp_path / "mine", "task1_digits", ["task1_digits"], classes)
+        folder_task(config, tmp_path / "mine", "task1_digits", both)
 
 
 def test_classes_add_up_to_the_accuracy() -> None:

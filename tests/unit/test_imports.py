@@ -129,6 +129,14 @@ def test_only_the_top_knows_the_configuration(found: list[Import]) -> None:
     assert [str(one) for one in to_config if not knows_configuration(one.source)] == []
 
 
+def test_no_file_imports_more_than_fifteen(found: list[Import]) -> None:
+    """Of the package's own modules, those for type checkers counted as well."""
+    targets: dict[str, set[str]] = {}
+    for one in found:
+        targets.setdefault(one.source, set()).add(one.target)
+    assert {source: len(known) for source, known in targets.items() if len(known) > 15} == {}
+
+
 def test_no_cycles(found: list[Import]) -> None:
     """Modules import each other, when they are imported, in one direction only."""
     edges: dict[str, set[str]] = {}

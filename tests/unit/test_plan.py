@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from nostalgia import plan
 from nostalgia.config import parse
 from nostalgia.errors import UsageError
-from nostalgia.experiment.components import build_components, complete_method
+from nostalgia.experiment.components import build_components
+from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.scale import forward_cost, layer_sides, load_of
 from nostalgia.models import Backbone, attach_lora, build_backbone
 

@@ -14,8 +14,10 @@ from nostalgia.config import parse
 from nostalgia.data.prepared import View
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NostalgiaError, UsageError
-from nostalgia.experiment.components import build_components, complete_method, load_tasks, task_loader
+from nostalgia.experiment.components import build_components
 from nostalgia.experiment.data_check import absolute_paths
+from nostalgia.experiment.method_choice import complete_method
+from nostalgia.experiment.task_data import load_tasks, task_loader
 from nostalgia.methods.loading import make_method
 
 

@@ -16,7 +16,7 @@ from nostalgia.curvature import GGNOperator, HessianOperator
 from nostalgia.curvature.eigenspace import task_operator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import RunFailedError, UsageError
-from nostalgia.experiment.components import curvature_options
+from nostalgia.experiment.method_choice import curvature_options
 from nostalgia.linalg.backend import SpaceBackend
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.models.objective import Objective

@@ -1,0 +1,73 @@
+"""The method that the configuration names, with its options, and how it has curvature measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from nostalgia.config.aliases import EVERY_METHOD
+from nostalgia.config.schema import Config
+from nostalgia.curvature.eigenspace import CurvatureOptions
+from nostalgia.errors import UsageError
+from nostalgia.experiment.task_data import task_specs
+from nostalgia.methods.base import Method
+from nostalgia.methods.loading import make_method, method_class
+from nostalgia.training.optimizers import check_optimizer
+
+
+def complete_method(config: Config) -> None:
+    """Put all options of the chosen method, checked, into ``config.method``, and what model.lora.merge=auto means with it.
+
+    Raises UsageError for an option that the method does not have or allow, NotFoundError for a class that is not there.
+    """
+    given = dict(config.method)
+    name = str(given.pop("name"))
+    kind = method_class(name)
+    known = {item.name for item in kind.Config.__dataclass_fields__.values()}
+    every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
+    method = make_method(name, {**given, **every}, config.experiment.seed)
+    method.check(len(task_specs(config)), curvature_options(config))
+    check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
+    if config.model.use_lora and config.model.lora.merge == "task" and method.keeps_positions:
+        raise UsageError(
+            f"model.lora.merge=task with method={name}: it holds parameters to what they were, and adapters begun anew are "
+            "others; use model.lora.merge=never"
+        )
+    options = method.config
+    config.method, config.methods = {"name": name, **asdict(options)}, {}
+    config.model.lora.merge = "task" if merges_adapters(config, method) else "never"
+
+
+def chosen_method(config: Config) -> Method:
+    """The run's method, made anew."""
+    options: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
+    return make_method(str(config.method["name"]), options, config.experiment.seed)
+
+
+def merges_adapters(config: Config, method: Method) -> bool:
+    """Adapters are added into the weights and begun anew before each later task."""
+    merge = config.model.lora.merge
+    wanted = merge == "task" or (merge == "auto" and method.prefers_merged_adapters)
+    rounds = 1 if method.joint else len(task_specs(config))
+    return config.model.use_lora and rounds > 1 and (wanted or method.restarts_adapters)
+
+
+def curvature_options(config: Config) -> CurvatureOptions:
+    options = config.curvature
+    return CurvatureOptions(
+        kind=options.kind,
+        solver=options.solver,
+        rows_per_sample=options.rows_per_sample,
+        rows_budget_bytes=options.rows_budget_bytes,
+        last_task=options.last_task,
+        hvp=options.hvp,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        retain_graph={"true": True, "false": False}.get(options.retain_graph, "auto"),
+        compile=options.compile,
+        tol=options.tol,
+        max_products=options.max_products,
+        max_basis=options.max_basis,
+        seed=config.experiment.seed,
+    )
