@@ -16,14 +16,13 @@ from nostalgia.reporting.scale_model import Cluster
 EPILOG = """examples:
   python -m nostalgia.plan --suite main --gpus 64 --nodes 8
   python -m nostalgia.plan --suite cifar100_10 --gpus 8 --memory 40 dataset.batch_size=256 method=kronecker
-  python -m nostalgia.plan --gpus 8 --strategy fsdp model.pretrained=false model.model_id=null \\
-      '+model.config={model_type: vit, hidden_size: 1408, num_hidden_layers: 40, num_attention_heads: 16,
-      intermediate_size: 6144, patch_size: 14}' model.use_lora=false
+  python -m nostalgia.plan --gpus 8 --strategy fsdp model.pretrained=false model.model_id=null model.use_lora=false \\
+      '+model.config={model_type: vit, hidden_size: 1408, intermediate_size: 6144, num_hidden_layers: 40, num_attention_heads: 16, patch_size: 14}'
 
 Bytes, operations and images are counted from the network as it is built here, on the CPU; nothing is downloaded or trained.
 Times follow from the rates, whose defaults were measured on one H200 (bench/results/): give your own for other machines.
 All other words are those of nostalgia.train. Exit codes as there.
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,9 @@ class AnalysisConfig:
     trace_samples: int = option(
         8, "Random vectors the trace of a finished task's curvature is estimated by; one product each.", low=1
     )
+    exact_second_order: bool = option(
+        False, "Add the exact quadratic term to that prediction: one product more for each pair of tasks."
+    )
     captured_energy_samples: int = option(
         256,
         "Of kind=ggn: validation images on which tr(Q^T G Q) / tr G of a task's eigenvectors is measured; 0: none.",

@@ -20,8 +20,8 @@ All of it is second order around a: far from it the numbers say how far the theo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -42,8 +42,11 @@ DEFINITIONS = {
     "inside": "1/2 sum_i lambda_i (q_i.d)^2 over the task's converged eigenpairs",
     "outside": "1/2 (tr H - sum_i lambda_i) / (P - k) |d_out|^2, with d_out the part of d outside their span",
     "kronecker": "1/2 sum_l tr(G_l D_l A_l D_l^T), with D_l the change of layer l's weight and the task's Kronecker factors",
+    "exact": "1/2 d.Cd by one product of the task's curvature C (curvature.kind) at its end, over its curvature samples: what "
+    "its parts above leave out, such as the coupling of layers (analysis.exact_second_order)",
     "explained": "sum of predicted over sum of measured, over all rows",
     "within_factor_1.5": "share of the rows whose predicted increase is between measured / 1.5 and 1.5 measured",
+    "explained_exactly, exactly_within_factor_1.5": "the same of linear + exact",
     "bound": "1/2 lambda_k |d_out|^2: the most the outside can add while second order holds; a pair that did not "
     "converge is outside, and stands in for lambda_k where it is larger",
 }
@@ -87,6 +90,7 @@ class ForgettingRow:
     displacement: float  # |d|
     displacement_outside: float  # |d_out|
     kronecker: float | None = None  # None: without factors
+    exact: float | None = None  # None: not asked for
 
 
 class ForgettingPrediction:
@@ -153,13 +157,25 @@ class ForgettingPrediction:
         return expansion
 
     @torch.no_grad()
-    def measure(self, after: str, theta: Tensor, loss_of: Callable[[str], float]) -> list[ForgettingRow]:
+    def measure(
+        self,
+        after: str,
+        theta: Tensor,
+        loss_of: Callable[[str], float],
+        form_of: Callable[[str, Tensor, Tensor], float] | None = None,
+    ) -> list[ForgettingRow]:
         """A row for each task finished before ``after``, at the parameters theta (P_local,) it ended with.
 
-        ``loss_of`` gives a task's mean loss over its curvature set at those parameters.
+        ``loss_of`` gives a task's mean loss over its curvature set at those parameters; ``form_of``, of a task, its end
+        (P_local,) and d (P_local,), d.Cd with its curvature C there.
         """
-        earlier = [task for task in self.expansions if task != after]
-        rows = [self.predict(task, after, theta, loss_of(task)) for task in earlier]
+        rows = []
+        for task in [task for task in self.expansions if task != after]:
+            row = self.predict(task, after, theta, loss_of(task))
+            if form_of is not None:
+                anchor = self.vectors[task][0]
+                row = replace(row, exact=0.5 * form_of(task, anchor, theta - anchor))
+            rows.append(row)
         self.rows = [row for row in self.rows if row.after != after] + rows
         return rows
 
@@ -226,12 +242,10 @@ class ForgettingPrediction:
 
     def _accuracy(self) -> dict[str, float]:
         """How much of what was measured second order explains."""
-        measured = sum(row.measured for row in self.rows)
-        if not self.rows or measured == 0:
-            return {}
-        close = [row.measured != 0 and 1 / 1.5 <= row.predicted / row.measured <= 1.5 for row in self.rows]
-        explained = sum(row.predicted for row in self.rows) / measured
-        return {"explained": explained, "within_factor_1.5": sum(close) / len(close)}
+        found = _accuracy([(row.measured, row.predicted) for row in self.rows])
+        exact = _accuracy([(row.measured, row.linear + row.exact) for row in self.rows if row.exact is not None])
+        names = ("explained", "within_factor_1.5"), ("explained_exactly", "exactly_within_factor_1.5")
+        return {**dict(zip(names[0], found, strict=False)), **dict(zip(names[1], exact, strict=False))}
 
     # -- to stop and go on -----------------------------------------------------------------------------------------
 
@@ -247,6 +261,15 @@ class ForgettingPrediction:
         expansions = [Expansion(**_known(Expansion, item)) for item in state["expansions"]]
         self.expansions = {e.task: e for e in expansions}
         self.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
+
+
+def _accuracy(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+    """Of pairs measured, predicted: sum of predicted over sum of measured, and the share within a factor of 1.5."""
+    measured = sum(m for m, _ in pairs)
+    if measured == 0:
+        return ()
+    close = [m != 0 and 1 / 1.5 <= predicted / m <= 1.5 for m, predicted in pairs]
+    return sum(predicted for _, predicted in pairs) / measured, sum(close) / len(close)
 
 
 def _known(kind: Any, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,11 @@ class ForgettingObserver:
     def measure(self, task: Task) -> None:
         """Hold the tasks before ``task`` against their predictions."""
         by_name = {t.name: t for t in self.run.tasks}
-        self.prediction.measure(task.name, self.losses.position(), lambda name: self.losses.loss(by_name[name]))
+        losses = self.losses
+        form_of = None
+        if self.run.config.analysis.exact_second_order:
+            form_of = lambda name, end, d: losses.form(by_name[name], end, d)  # noqa: E731
+        self.prediction.measure(task.name, losses.position(), lambda name: losses.loss(by_name[name]), form_of)
         self._write()
 
     def predict(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from nostalgia.curvature.eigenspace import task_operator
@@ -61,11 +63,23 @@ class TaskLosses:
 
         Under its own head as the task ended and, as in evaluation, its own batch-norm statistics.
         """
-        run = self.run
-        own = run.norm_statistics[task.index - 1] if run.config.model.norm_statistics == "per_task" else None
-        with norm_statistics.using(run.backbone, own):
+        with norm_statistics.using(self.run.backbone, self._norm_statistics(task)):
             # The parameters are whole here: a loss takes one plain pass, whatever way products are taken.
             return self.operator(task, "exact").loss()
+
+    def form(self, task: Task, end: Tensor, d: Tensor) -> float:
+        """d.Cd of ``d`` (P_local,), with the task's curvature C where it ended, at the coordinates ``end`` (P_local,)."""
+        run = self.run
+        backbone = merged(run.backbone) if self.in_weights else copy.deepcopy(run.backbone)
+        parameters = {name: backbone.get_parameter(name) for name in self.space.names}
+        with torch.no_grad():
+            for parameter, value in zip(parameters.values(), self.space.gather(end), strict=True):
+                parameter.copy_(value)
+        model = TaskModel(backbone, list(self.model(task).heads))
+        hvp = "exact" if self.in_weights else run.config.curvature.hvp
+        with norm_statistics.using(backbone, self._norm_statistics(task)):
+            product = self._operator(task, model, parameters, self.space, hvp).matvec(d)
+        return float(self.space.dot(d, product))
 
     def weights_operator(self, task: Task) -> BatchedOperator:
         """The curvature of ``task`` in the weights of the adapted layers, the adapters added into them."""
@@ -85,6 +99,11 @@ class TaskLosses:
             precision=operator.precision,
             space=self.space,
         )
+
+    def _norm_statistics(self, task: Task) -> dict[str, Tensor] | None:
+        """Its own, where each task has its own."""
+        run = self.run
+        return run.norm_statistics[task.index - 1] if run.config.model.norm_statistics == "per_task" else None
 
     def _operator(
         self, task: Task, model: TaskModel, parameters: Mapping[str, nn.Parameter], space: VectorSpace, hvp: str

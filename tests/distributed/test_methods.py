@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -85,7 +87,7 @@ def test_forgetting_of_merged_adapters_is_predicted_in_their_layers_weights() ->
     """Small steps go as the gradient in the weights foretells, though the adapters have begun anew in between."""
     words = [
         "method=finetune", *LORA, *BASE, "model.lora.merge=task", "analysis.predict_forgetting=true", "train.lr=3e-5",
-        "train.warmup_epochs=0", "train.label_smoothing=0",
+        "train.warmup_epochs=0", "train.label_smoothing=0", "analysis.exact_second_order=true", "curvature.kind=hessian",
     ]  # fmt: skip
     alone = run_ranks(check_runs, 1, runs={"one": [*words, "dataset.batch_size=16"]})[0]["one"]["forgetting"]
     two = {layout: [*words, "dataset.batch_size=8"] for layout in ("ddp", "fsdp")}
@@ -94,9 +96,10 @@ def test_forgetting_of_merged_adapters_is_predicted_in_their_layers_weights() ->
     assert alone[0]["measured"] != 0
     assert alone[0]["predicted"] == pytest.approx(alone[0]["measured"], rel=0.05)
     assert 0 < alone[0]["kronecker"] < 0.05 * abs(alone[0]["linear"])
+    assert alone[0]["linear"] + alone[0]["exact"] == pytest.approx(alone[0]["measured"], rel=0.005)
     for layout in ("ddp", "fsdp"):
         (other,) = pair[layout]["forgetting"]
-        for term in ("measured", "linear", "kronecker", "displacement"):
+        for term in ("measured", "linear", "kronecker", "exact", "displacement"):
             assert other[term] == pytest.approx(alone[0][term], rel=1e-5), (layout, term)
 
 
@@ -104,10 +107,27 @@ def test_softened_factors_are_not_taken_for_the_curvature_of_the_loss() -> None:
     """At no strength to speak of, runs of two temperatures are one, and so is what is predicted of them."""
     words = [
         "method=kronecker", "method.strength=1e-12", "method.num_samples=37", *LORA, *BASE, "model.lora.merge=never",
-        "analysis.predict_forgetting=auto", "dataset.batch_size=16",
+        "analysis.predict_forgetting=auto", "analysis.exact_second_order=true", "dataset.batch_size=16",
+        "curvature.kind=hessian", "train.lr=3e-5", "train.warmup_epochs=0", "train.label_smoothing=0",
     ]  # fmt: skip
     runs = {f"T={t}": [*words, f"method.temperature={t}"] for t in (1, 4)}
     found = run_ranks(check_runs, 1, runs=runs)[0]
     (own,), (softened,) = (found[name]["forgetting"] for name in runs)
     assert own["kronecker"] > 0
     assert softened["kronecker"] == pytest.approx(own["kronecker"], rel=1e-5)
+    assert own["linear"] + own["exact"] == pytest.approx(own["measured"], rel=0.005)
+
+
+def test_the_terms_of_bench_orders_are_those_of_the_loss(tmp_path: Path) -> None:
+    """On the first tenth of a short way second order is the loss; what is left of it by layer is less than the whole."""
+    words = [
+        "method=bench.orders:Orders", f"method.out={tmp_path / 'orders.json'}", "method.strength=0", "train.precision=64",
+        *BASE, "train.lr=3e-3", "train.label_smoothing=0", "dataset.batch_size=16",
+    ]  # fmt: skip
+    run_ranks(check_runs, 1, runs={"one": words})
+    (row,) = json.loads((tmp_path / "orders.json").read_text())
+    second = 0.1 * row["linear"] + 0.01 * row["hessian"]
+    assert row["measured"][0] == pytest.approx(second, rel=0.01)
+    assert row["measured"][0] != pytest.approx(0.1 * row["linear"], rel=0.01)
+    assert 0 < row["blocks"] < row["ggn"]
+    assert row["kronecker"] > 0

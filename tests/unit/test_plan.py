@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from accelerate import Accelerator
 
@@ -77,3 +79,11 @@ def test_a_run_s_load(method: str) -> None:
 def test_what_cannot_be_meant_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan.parse(["--suite", "demo", *words])
+
+
+def test_the_examples_of_its_help_can_be_given() -> None:
+    lines = plan.EPILOG.replace("\\\n", " ").splitlines()
+    examples = [line.split("-m nostalgia.plan")[1] for line in lines if "-m nostalgia.plan" in line]
+    assert len(examples) == 3
+    wide = [plan.parse(shlex.split(example)) for example in examples][-1]
+    assert wide.config.model.config["intermediate_size"] == 6144

@@ -146,9 +146,9 @@ def prediction_table(run: RunFolder) -> Block | None:
     if len(rows) > ROWS_SHOWN:
         rows = [row for row in rows if row.get("after") == rows[-1].get("after")]
         note += " After the last task only; results/forgetting_prediction.json has all."
-    terms = ("measured", "predicted", "linear", "inside", "outside", "kronecker", "bound", "displacement")
+    terms = ("measured", "predicted", "linear", "inside", "outside", "kronecker", "exact", "bound", "displacement")
     body = [[str(r["task"]), str(r.get("after", "")), *(significant(r.get(term)) for term in terms)] for r in rows]
-    head = ["task", "after", "measured", "predicted", "g·d", "inside", "outside", "Kronecker", "bound", "|d|"]
+    head = ["task", "after", "measured", "predicted", "g·d", "inside", "outside", "Kronecker", "exact", "bound", "|d|"]
     return Table(head, body, caption="Increase of the loss of finished tasks", note=note, words=2)
 
 

@@ -124,6 +124,11 @@ def test_terms_equal_the_dense_ones_for_a_network() -> None:
     assert row.bound == pytest.approx(float(0.5 * values[-1]) * outside, rel=1e-9)
     assert row.predicted == row.linear + row.inside + row.outside
     assert row.measured == pytest.approx(float(oracle.mean_loss(theta)) - oracle.loss(), rel=1e-9)
+    assert row.exact is None
+    form = lambda task, end, d: float(d @ operator.matvec(d))  # noqa: E731
+    (row,) = prediction.measure("two", theta, lambda _: row.measured + oracle.loss(), form)
+    assert row.exact == pytest.approx(float(0.5 * d @ oracle.hessian() @ d), rel=1e-9)
+    assert prediction.report()["explained_exactly"] == pytest.approx((row.linear + row.exact) / row.measured, rel=1e-6)
 
 
 def test_the_bound_bounds_what_second_order_can_add_outside() -> None:
