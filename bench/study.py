@@ -236,6 +236,25 @@ def choice_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(found: dict[str, Any]) -> str:
+    """Markdown: final accuracy and forgetting left of each arm on every stream, over the seeds it shares with the first."""
+    runs = [run for run in found["runs"] if "acc" in run]
+    streams, plain = list(dict.fromkeys(run["stream"] for run in runs)), next(iter(found["chosen"]))
+    lines = [
+        "| method | " + " | ".join(f"{s}: ACC | left" for s in streams) + " |",
+        "|---" * (1 + 2 * len(streams)) + "|",
+    ]
+    for arm in found["chosen"]:
+        cells = [arm]
+        for stream in streams:
+            here = {(run["arm"], run["seed"]): run for run in runs if run["stream"] == stream}
+            seeds = [seed for name, seed in here if name == arm and (plain, seed) in here]
+            left = 100 * sum(here[arm, s]["bwt"] for s in seeds) / sum(here[plain, s]["bwt"] for s in seeds)
+            cells += [f"{statistics.mean(here[arm, s]['acc'] for s in seeds):.3f}", f"{round(left) or 0} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _row(arm: str, candidate: Candidate, runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
     def mean(key: str) -> str:
         values = [run[key] for run in runs]

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.study import choice_table, table
+from bench.study import choice_table, overview, table
 from nostalgia.reporting.frontier import Frontier, Point, Row, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -24,28 +24,13 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
     page = (DOCS / "results.md").read_text()
     assert table(study("study")) in page
     assert choice_table(study("study_variants")) in page
-
-
-def test_what_the_page_says_of_the_earlier_study_is_of_its_runs() -> None:
-    runs = study("study_earlier")["runs"]
-    bwt = {(run["stream"], run["arm"], run["seed"]): run["bwt"] for run in runs}
-    streams = list(dict.fromkeys(run["stream"] for run in runs))
-    for arm, expected in (("l2sp", [63, 103, 94]), ("agem", [11, 74, 66])):
-        left = []
-        for stream in streams:
-            seeds = [s for s in range(5) if (stream, arm, s) in bwt and (stream, "finetune", s) in bwt]
-            left.append(
-                round(100 * sum(bwt[stream, arm, s] for s in seeds) / sum(bwt[stream, "finetune", s] for s in seeds))
-            )
-        assert left == expected
-        words = f"{left[0]}, {left[1]} and {left[2]} %"
-        assert words in (DOCS / "results.md").read_text()
+    assert overview(study("study_four_seeds")) in page
 
 
 def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
-    found = [study(name) for name in ("study", "study_variants", "study_earlier")]
+    found = [study(name) for name in ("study", "study_variants", "study_four_seeds")]
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 285
+    assert len(runs) == 446
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -88,3 +73,26 @@ def test_the_table_of_split_fashion_is_made_of_its_file() -> None:
     assert plain is not None
     for method in {point.method for point in points} - {"finetune", "joint", "heads_only"}:
         assert max(point.mean["bwt"] or 0.0 for point in points if point.method == method) > plain, method
+
+
+def test_the_terms_of_the_expansion_are_those_of_the_file() -> None:
+    page, found = (DOCS / "results.md").read_text(), study("orders")
+    for name, label in (("finetune", "fine-tuning"), ("kronecker", "`kronecker`, strength 10")):
+        row = found[name]
+        terms = [row["measured"][-1], *(row[term] for term in ("linear", "hessian", "ggn", "blocks", "kronecker"))]
+        assert f"| {label} | {' | '.join(f'{term:.4f}' for term in terms)} |" in page
+    rows = found["predicted"]["rows"]
+    explained = sum(r["linear"] + r["exact"] for r in rows) / sum(r["measured"] for r in rows)
+    assert math.isclose(found["predicted"]["explained_exactly"], explained)
+    assert f"second order then explains {100 * explained:.0f} %" in page
+
+
+def test_shares_of_predicted_pairs_are_those_of_the_study() -> None:
+    shares = []
+    runs = [run for run in study("study")["runs"] if run["arm"] == "kronecker"]
+    for stream in dict.fromkeys(run["stream"] for run in runs):
+        pairs = [pair for run in runs if run["stream"] == stream for pair in run["prediction_rows"]]
+        close = [m != 0 and 1 / 1.5 <= predicted / m <= 1.5 for m, predicted in pairs]
+        shares.append(round(100 * sum(close) / len(close)))
+    assert len(runs) == 9
+    assert f"for {shares[0]}, {shares[1]} and {shares[2]} % of the pairs" in (DOCS / "results.md").read_text()
