@@ -96,9 +96,9 @@ def free_bytes(device: torch.device) -> int:
 def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int:
     """What a container's memory limit leaves (cgroup v2); without a limit, more than any machine has."""
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        limit = (root / "memory.max").read_text(encoding="ascii").strip()
+        used = int((root / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
     except OSError:
         return 1 << 62
     if limit == "max":

@@ -193,7 +193,7 @@ def _save_config(config: Config, folder: Path) -> None:
 def _take_lock(folder: Path) -> None:
     """Two processes must not write to one run; the lock goes with its process, however that ends."""
     global _lock
-    _lock = (folder / ".lock").open("w")
+    _lock = (folder / ".lock").open("wb")
     try:
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -91,7 +91,7 @@ def _complete(folder: Path) -> bool:
             return True
         if (folder / index).is_file():
             try:
-                parts = json.loads((folder / index).read_text())["weight_map"].values()
+                parts = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
             except (ValueError, KeyError, AttributeError):
                 return False
             return all((folder / part).is_file() for part in parts)

@@ -138,7 +138,7 @@ def triple(values: Mapping[str, Any], key: str) -> Triple | None:
 def read_json(model_id: str, file: Path) -> dict[str, Any]:
     """The settings in a file of a model's folder; raises NotFoundError for one that holds none."""
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise NotFoundError(
             f"model.model_id={model_id}: {file} is missing or cannot be read; a model's folder holds "

@@ -15,10 +15,10 @@ def already_ended() -> bool:
     path = os.environ.get("NOSTALGIA_EXIT_FILE")
     if not path or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not os.path.isfile(path):
         return False
-    with open(path) as file:
+    with open(path, encoding="ascii") as file:
         code = file.read().strip()
     if code == "75" and os.environ.get("LOCAL_RANK", "0") == "0":
-        open(path, "w").close()
+        open(path, "w", encoding="ascii").close()
     return code not in ("", "75")
 
 
@@ -32,7 +32,7 @@ def leave(exit_code: int, *, stuck: bool = False) -> None:
     """
     path = os.environ.get("NOSTALGIA_EXIT_FILE")
     if path and exit_code in (2, 3, 4, 75):
-        with open(path, "w") as file:
+        with open(path, "w", encoding="ascii") as file:
             file.write(str(exit_code))
         exit_code = exit_code if stuck else 0
     for stream in (sys.stdout, sys.stderr):

@@ -198,7 +198,7 @@ def wandb_tracker(
 
     id_file = run_dir / "wandb_id.txt"
     known = resume and id_file.exists()
-    run_id = id_file.read_text().strip() if known else f"{run_dir.name}-{secrets.token_hex(3)}"
+    run_id = id_file.read_text(encoding="utf-8").strip() if known else f"{run_dir.name}-{secrets.token_hex(3)}"
     write_atomic(id_file, run_id + "\n")
     folder = save_dir or run_dir
     folder.mkdir(parents=True, exist_ok=True)

@@ -131,3 +131,15 @@ def test_the_terms_of_bench_orders_are_those_of_the_loss(tmp_path: Path) -> None
     assert row["measured"][0] != pytest.approx(0.1 * row["linear"], rel=0.01)
     assert 0 < row["blocks"] < row["ggn"]
     assert row["kronecker"] > 0
+
+
+def test_forgetting_is_measured_with_the_head_as_the_task_ended() -> None:
+    """A head that goes on and grows would change an old task's loss by itself: with steps of no length nothing does."""
+    words = [
+        "method=kronecker", "method.num_samples=37", *BASE, "experiment.tasks=null", "experiment.split=classes",
+        "experiment.num_tasks=3", "experiment.head=shared", "analysis.predict_forgetting=auto", "train.lr=1e-12",
+        "dataset.batch_size=16",
+    ]  # fmt: skip
+    rows = run_ranks(check_runs, 1, runs={"one": words})[0]["one"]["forgetting"]
+    assert len(rows) == 3
+    assert max(abs(row["measured"]) for row in rows) < 1e-8

@@ -16,6 +16,9 @@ from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration import nan_batch
 from tests.integration.test_train import SMALL
 from tests.ranks import run
+from tests.unit.data.trees import write_tree
+
+TEXTS = (".json", ".yaml", ".csv", ".html", ".md")
 
 
 def error_lines(text: str) -> list[str]:
@@ -59,3 +62,23 @@ def test_a_rank_stopped_in_mid_training_ends_the_launch_with_4(tmp_path: Path) -
     (line,) = error_lines(launch.stderr.read())
     assert line.startswith("error: rank 1 (host ")
     assert not rank1.is_running()
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    """Names of folders, classes and runs in any alphabet, and no file opened in the encoding of the locale."""
+    folder = write_tree(tmp_path / "Größen", ("naïve", "日本"), train=8, val=4)
+    words = [
+        f"experiment.tasks=[{folder}]", "model=vit_tiny", "dataset.image_size=8", "train.epochs=1", "dataset.batch_size=8",
+        "train.accelerator=cpu", "method=finetune", "dataset.num_workers=0", "logger.name=für",
+    ]  # fmt: skip
+    plain = {"LC_ALL": "POSIX", "PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "always::EncodingWarning"}
+    command = [sys.executable, "-m", "nostalgia.train", *words, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=cpu_environment(**plain), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line]
+    assert [line for line in warned if f"{ROOT}/nostalgia/" in line] == []
+    texts = {path: path.read_text(encoding="utf-8") for path in (tmp_path / "run").rglob("*.*") if path.suffix in TEXTS}
+    named = {path.name for path, text in texts.items() if "日本" in text}
+    assert {"classes.json", "README.md"} <= named
+    assert "für" in texts[tmp_path / "run/config.yaml"]
+    assert "Größen" in texts[tmp_path / "run/results/report.html"]

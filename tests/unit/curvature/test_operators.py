@@ -13,6 +13,7 @@ from torch import nn
 
 from nostalgia.config import parse
 from nostalgia.curvature import GGNOperator, HessianOperator
+from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.eigenspace import task_operator
 from nostalgia.data.stream import Batch
 from nostalgia.errors import RunFailedError, UsageError
@@ -315,3 +316,12 @@ def test_serves_hessian_eigenthings():
     expected = float(Oracle(copy.deepcopy(model), operator.names, data).hessian().trace())
     estimate = trace(operator, num_matvecs=200, method="hutchinson", seed=0, backend=SpaceBackend(operator.space))
     assert abs(estimate.estimate - expected) < 5 * estimate.stderr
+
+
+def test_the_density_s_vectors_are_of_the_seed() -> None:
+    operator = HessianOperator(mlp(), loss_fn, batches("mlp", (5, 2)))
+    first, again, other = (estimate_spectrum(operator, runs=1, steps=3, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.density, again.density)
+    assert first.trace == again.trace
+    assert not torch.equal(first.density, other.density)
+    assert first.trace != other.trace

@@ -126,6 +126,19 @@ def test_union_drops_the_least_eigenvalues_first():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_union_keeps_a_fitted_task_beside_one_that_curves_a_million_times_more(dtype, order):
+    space = make_space(dtype)
+    fitted, sharp = random_basis(4, space, 0), random_basis(4, space, 1)
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    pairs = [(fitted, 1e-4 * values), (sharp, 1e3 * values)]
+    merged = merge_union([pairs[number] for number in order], 16, space)
+    assert (len(merged.basis), len(merged.dropped_eigenvalues)) == (8, 0)
+    outside = fitted.double() - fitted.double() @ merged.basis.double().T @ merged.basis.double()
+    assert float(outside.norm(dim=1).max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_task_that_recurs_adds_weight_and_no_direction(dtype):
     space = make_space(dtype)
     q = random_basis(4, space)
