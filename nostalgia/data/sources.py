@@ -1,13 +1,14 @@
 """Finds a data set: the user's own folder, what comes installed, the hub, torchvision.
 
-What is on this machine comes before what must be downloaded: the user's folder, the hub's cache,
-torchvision's files; then, where downloads are allowed, the hub and torchvision.
+A name becomes an entry, and the kinds of source are asked in turn (`LOCAL`, then `FETCHED`): what is on this machine comes
+before what must be downloaded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ MAX_LINES = 12  # of an error
 ARCHIVE_FOLDERS = ("CUB_200_2011", "tiny-imagenet-200", "256_ObjectCategories", "imagenet-r", "imagenet-a")
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a data set may be: under ``root``, and elsewhere where ``download`` allows; how it is split without a split."""
+
+    root: Path
+    val_fraction: float
+    download: bool
+
+
+Kind = Callable[
+    [Entry, Places], "Source | list[str]"
+]  # what was found, or lines that say why not: none where it is no such kind
+
+
 def load_source(
     name: str,
     *,
@@ -36,22 +51,51 @@ def load_source(
     Of several ranks one calls this with ``download=True`` before the others do with ``download=False``.
     Raises UsageError for a name that means nothing, NotFoundError for data that is missing, empty or broken.
     """
-    root, entries = Path(root).expanduser(), entries or {}
+    places, entries = Places(Path(root).expanduser(), val_fraction, download), entries or {}
     if name.startswith("hf:"):
-        return _fetched(_hub_entry(name), root, val_fraction, download, [])
-    entry = catalog.find(name, entries)
-    if entry is None:
-        return _own_folder(name, entries, val_fraction)
-    if entry.path is not None:
-        folder = Path(entry.path).expanduser()
-        if not folder.is_dir():
-            raise NotFoundError(f"dataset.entries.{name}.path={entry.path}: no such folder")
-        return folder_source(entry, folder, val_fraction)
-    if entry.embedded:
-        return arrays.digits(entry, val_fraction)
+        return _first_found(FETCHED, _hub_entry(name), places)
+    entry = catalog.find(name, entries) or _folder_entry(name, entries)
+    if entry.path is not None and not Path(entry.path).expanduser().is_dir():
+        raise NotFoundError(f"dataset.entries.{name}.path={entry.path}: no such folder")
+    return _first_found((*LOCAL, *FETCHED), entry, places)
+
+
+def _first_found(kinds: Sequence[Kind], entry: Entry, places: Places) -> Source:
     tried: list[str] = []
-    found = _under_root(entry, root, val_fraction, tried)
-    return found if found is not None else _fetched(entry, root, val_fraction, download, tried)
+    for kind in kinds:
+        found = kind(entry, places)
+        if isinstance(found, Source):
+            return found
+        tried += found
+    if not places.download:
+        tried.append("downloads: off (dataset.download=false), or the first rank's alone")
+    raise NotFoundError(_not_found(entry, places.root, tried))
+
+
+def _folder_entry(name: str, entries: Mapping[str, Any]) -> Entry:
+    """The entry of a folder that is given by its path."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"dataset {name!r}: a file, not a folder of images")
+        if "/" in name or "\\" in name or ".." in name:
+            raise UsageError(
+                f"dataset {name!r}: no such folder; give an existing folder of images, hf:user/name for the hub, "
+                f"or one of {', '.join(sorted(catalog.CATALOG))}"
+            )
+        raise catalog.unknown(name, entries)
+    entry = Entry(folder.resolve().name or "root")
+    if arrays.has_idx(folder):
+        # fashion-mnist is Fashion-MNIST: the files do not carry the names of its classes.
+        entry = catalog.CATALOG.get(entry.name.lower().replace("-", "_"), replace(entry, augment="shift"))
+    return replace(entry, path=str(folder))
+
+
+def _hub_entry(name: str) -> Entry:
+    identifier = name.removeprefix("hf:")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", identifier) or ".." in identifier:
+        raise UsageError(f"dataset {name!r}: allowed is hf:user/name, such as hf:uoft-cs/cifar100")
+    return Entry(identifier.rpartition("/")[2], hub=(Hub(identifier),))
 
 
 def folder_source(entry: Entry, folder: Path, val_fraction: float) -> Source:
@@ -71,76 +115,84 @@ def folder_source(entry: Entry, folder: Path, val_fraction: float) -> Source:
     return make_source(entry, "folder", str(unpacked[-1]), train, val, val_fraction, notes)
 
 
-def _own_folder(name: str, entries: Mapping[str, Any], val_fraction: float) -> Source:
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
-            raise UsageError(f"dataset {name!r}: a file, not a folder of images")
-        if "/" in name or "\\" in name or ".." in name:
-            raise UsageError(
-                f"dataset {name!r}: no such folder; give an existing folder of images, hf:user/name for the hub, "
-                f"or one of {', '.join(sorted(catalog.CATALOG))}"
-            )
-        raise catalog.unknown(name, entries)
-    folder_name = folder.resolve().name or "root"
-    if arrays.has_idx(folder):
-        # fashion-mnist is Fashion-MNIST: the files do not carry the names of its classes.
-        known = catalog.CATALOG.get(folder_name.lower().replace("-", "_"), Entry(folder_name, augment="shift"))
-        return arrays.idx(known, folder, val_fraction)
-    return folder_source(Entry(folder_name), folder, val_fraction)
+# -- kinds of source, in the order they are asked ----------------------------------------------------------------------
 
 
-def _hub_entry(name: str) -> Entry:
-    identifier = name.removeprefix("hf:")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", identifier) or ".." in identifier:
-        raise UsageError(f"dataset {name!r}: allowed is hf:user/name, such as hf:uoft-cs/cifar100")
-    return Entry(identifier.rpartition("/")[2], hub=(Hub(identifier),))
+def _own_path(entry: Entry, places: Places) -> Source | list[str]:
+    if entry.path is None:
+        return []
+    return folder_source(entry, Path(entry.path).expanduser(), places.val_fraction)
 
 
-def _under_root(entry: Entry, root: Path, val_fraction: float, tried: list[str]) -> Source | None:
-    """The user's own data under ``root``: ``<name>/``, its usual folder, or ``train/`` and ``val/``."""
-    for folder in (root / name for name in (entry.name, *entry.folders)):
-        if not folder.is_dir() or torchvision_files.lives_in(entry, root, folder):
+def _embedded(entry: Entry, places: Places) -> Source | list[str]:
+    return arrays.digits(entry, places.val_fraction) if entry.embedded else []
+
+
+def _folder_under_root(entry: Entry, places: Places) -> Source | list[str]:
+    """``<root>/<name>/``, or its usual folder."""
+    tried = []
+    for folder in (places.root / name for name in (entry.name, *entry.folders)):
+        if not folder.is_dir() or torchvision_files.lives_in(entry, places.root, folder):
             continue
         if not is_empty(folder):
-            return folder_source(entry, folder, val_fraction)
+            return folder_source(entry, folder, places.val_fraction)
         tried.append(f"folder {folder}: empty")
-    if not tried:
-        tried.append(f"folder {root / entry.name}: not there")
-    if entry.idx and arrays.has_idx(root):
-        return arrays.idx(entry, root, val_fraction)
-    if (root / "train").is_dir():
-        train, val = class_folders(entry.name, root)
-        if entry.classes is None or len(train.classes) == entry.classes:
-            notes = train.notes if val is None else (*train.notes, *val.notes)
-            return make_source(entry, "folder", str(root), train, val, val_fraction, notes)
-        tried.append(f"folder {root / 'train'}: {len(train.classes)} classes, not {entry.classes}")
-    return None
+    return tried or [f"folder {places.root / entry.name}: not there"]
 
 
-def _fetched(entry: Entry, root: Path, val_fraction: float, download: bool, tried: list[str]) -> Source:
-    """From the hub or torchvision: first what both have on this machine, then by download."""
-    reasons: list[str] = []
-    for downloads in (False, True) if download else (False,):
-        reasons = []
-        for repository in entry.hub:
-            try:
-                found, why = hub.from_hub(entry, repository, val_fraction, downloads)
-            except UsageError as error:
-                if entry.name not in catalog.CATALOG:
-                    raise
-                found, why = None, str(error)  # the next source may serve
-            if found is not None:
-                return found
-            reasons.append(why)
-        if entry.torchvision is not None:
-            found, why = torchvision_files.load(entry, root, val_fraction, downloads)
-            if found is not None:
-                return found
-            reasons.append(why)
-    if not download:
-        reasons.append("downloads: off (dataset.download=false), or the first rank's alone")
-    raise NotFoundError(_not_found(entry, root, [*tried, *reasons]))
+def _idx_in_root(entry: Entry, places: Places) -> Source | list[str]:
+    return arrays.idx(entry, places.root, places.val_fraction) if entry.idx and arrays.has_idx(places.root) else []
+
+
+def _splits_in_root(entry: Entry, places: Places) -> Source | list[str]:
+    """``<root>/train/`` and ``<root>/val/``, where they have the data set's number of classes."""
+    if not (places.root / "train").is_dir():
+        return []
+    train, val = class_folders(entry.name, places.root)
+    if entry.classes is None or len(train.classes) == entry.classes:
+        notes = train.notes if val is None else (*train.notes, *val.notes)
+        return make_source(entry, "folder", str(places.root), train, val, places.val_fraction, notes)
+    return [f"folder {places.root / 'train'}: {len(train.classes)} classes, not {entry.classes}"]
+
+
+def _hub(entry: Entry, places: Places, *, downloads: bool) -> Source | list[str]:
+    tried = []
+    for repository in entry.hub:
+        try:
+            found, why = hub.from_hub(entry, repository, places.val_fraction, downloads)
+        except UsageError as error:
+            if entry.name not in catalog.CATALOG:
+                raise
+            found, why = None, str(error)  # the next source may serve
+        if found is not None:
+            return found
+        tried.append(why)
+    return tried
+
+
+def _torchvision(entry: Entry, places: Places, *, downloads: bool) -> Source | list[str]:
+    if entry.torchvision is None:
+        return []
+    found, why = torchvision_files.load(entry, places.root, places.val_fraction, downloads)
+    return [why] if found is None else found
+
+
+def _here(kind: Callable[..., Source | list[str]]) -> Kind:
+    """What ``kind`` has on this machine already; why it has not is said by `_downloaded`, where that will be asked."""
+
+    def ask(entry: Entry, places: Places) -> Source | list[str]:
+        found = kind(entry, places, downloads=False)
+        return [] if places.download and isinstance(found, list) else found
+
+    return ask
+
+
+def _downloaded(kind: Callable[..., Source | list[str]]) -> Kind:
+    return lambda entry, places: kind(entry, places, downloads=True) if places.download else []
+
+
+LOCAL: tuple[Kind, ...] = (_own_path, _embedded, _folder_under_root, _idx_in_root, _splits_in_root)
+FETCHED: tuple[Kind, ...] = (_here(_hub), _here(_torchvision), _downloaded(_hub), _downloaded(_torchvision))
 
 
 def _not_found(entry: Entry, root: Path, tried: list[str]) -> str:
