@@ -12,6 +12,7 @@ from nostalgia.config import parse, save
 from nostalgia.config.checks import check_launch
 from nostalgia.config.compose import config_folder
 from nostalgia.errors import UsageError
+from nostalgia.experiment.method_choice import complete_method
 
 REFERENCE = (
     "dataset=cifar100", "dataset.root=/data", "dataset.batch_size=64", "model=resnet18", "model.framework=torchvision",
@@ -112,7 +113,13 @@ def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
 
 def test_debug_leaves_the_last_word_to_the_command_line() -> None:
     config = parse(["--debug", "--suite", "demo", "train.epochs=3"]).config
-    assert (config.train.epochs, config.train.max_steps_per_epoch) == (3, 4)
+    assert (config.train.epochs, config.train.max_steps_per_epoch) == (3, 2)
+    samples = []
+    for words in ([], ["method.tail_samples=40"], ["nostalgia.top_k=2", "method.tail_samples=40"]):
+        config = parse(["--debug", "--suite", "demo", "method=nostalgia", *words]).config
+        complete_method(config)
+        samples.append((config.method["tail_samples"], config.method["top_k"]))
+    assert samples == [(16, 4), (40, 4), (40, 2)]
 
 
 def test_any_name_may_be_a_dataset() -> None:
