@@ -6,5 +6,4 @@ out=${OUTPUT_DIR:-runs}
 "$here/launch/ddp.sh" --suite demo --quiet experiment.output_dir="$out/demo" "$@"
 "$here/launch/ddp.sh" --suite demo --quiet experiment.output_dir="$out/demo-finetune" method=finetune "$@"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-python -m nostalgia.reporting.compare "$out/demo/latest" "$out/demo-finetune/latest"
-echo "both in one  $(python -m nostalgia.report "$out/demo/latest" "$out/demo-finetune/latest" --out "$out/demo.html")"
+python -m nostalgia.report "$out/demo/latest" "$out/demo-finetune/latest" --out "$out/demo.html"

@@ -1,21 +1,17 @@
-"""Puts finished runs side by side: one table of methods, and where the figures and reports are.
-
-python -m nostalgia.reporting.compare RUN_DIR RUN_DIR ... [--figures FOLDER]
-"""
+"""Puts finished runs side by side: one table of methods, and where the figures and reports are."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nostalgia.errors import NostalgiaError, UsageError
+from nostalgia.errors import UsageError
 from nostalgia.reporting.aggregate import (
     COLUMNS,
     MethodRow,
@@ -27,7 +23,9 @@ from nostalgia.reporting.aggregate import (
 )
 from nostalgia.reporting.console import METRIC_MEANINGS, METRIC_TITLES
 from nostalgia.reporting.report.tables import cost_text
-from nostalgia.reporting.streams import make_console
+
+if TYPE_CHECKING:
+    from nostalgia.reporting.drawing import Drawn
 
 HEADERS = {
     "acc": "acc",
@@ -40,21 +38,8 @@ HEADERS = {
 COSTS = {"seconds": "s", "memory_bytes": "MB", "extra_seconds": "extra"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        compare(options.runs, make_console(), options.figures)
-    except NostalgiaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def compare(paths: Sequence[Path], console: Console, figures: Path | None = None) -> list[MethodRow]:
-    """Print the comparison of the runs in ``paths``; with ``figures``, draw it into that folder too.
-
-    Raises NotFoundError for a folder without results, UsageError where the figures cannot be written.
-    """
+def compare(paths: Sequence[Path], console: Console) -> list[MethodRow]:
+    """Print the comparison of the runs in ``paths``; raises NotFoundError for a folder without results."""
     runs = read_finished(paths)
     rows = by_method(runs)
     console.print(comparison_table(rows))
@@ -73,8 +58,6 @@ def compare(paths: Sequence[Path], console: Console, figures: Path | None = None
             path = run.path / "results" / name
             if path.exists():
                 console.print(f"{name:<12} {shown(path)}", highlight=False, markup=False, soft_wrap=True)
-    if figures is not None and same_tasks(runs):
-        _draw(rows, figures, console)
     return rows
 
 
@@ -101,30 +84,17 @@ def _cell(value: Value | None) -> str:
     return "-" if value is None else value.text(plus_minus="\n±")
 
 
-def _draw(rows: Sequence[MethodRow], folder: Path, console: Console) -> None:
-    # Drawing takes a second to import; a table alone should not wait for it.
-    from nostalgia.reporting.drawing import draw_comparison
+def draw_side_by_side(paths: Sequence[Path], folder: Path) -> Drawn:
+    """Draw the comparison of the runs in ``paths`` into ``folder``.
 
+    Raises NotFoundError for a folder without results; UsageError for runs of other tasks, or where nothing can be written.
+    """
+    from nostalgia.reporting.drawing import draw_comparison  # takes a second to import, for which a table need not wait
+
+    runs = read_finished(paths)
+    if not same_tasks(runs):
+        raise UsageError("figures of several runs: their tasks are not the same; give runs of one sequence")
     try:
-        drawn = draw_comparison({row.method: row.runs for row in rows}, folder)
+        return draw_comparison({row.method: row.runs for row in by_method(runs)}, folder)
     except OSError as error:
-        raise UsageError(f"--figures {folder}: cannot be written ({error.strerror})") from None
-    for name, path in drawn.made.items():
-        console.print(f"{name:<25} {shown(path)}", highlight=False, markup=False, soft_wrap=True)
-    for name, reason in drawn.skipped.items():
-        console.print(f"{name:<25} not made: {reason}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m nostalgia.reporting.compare",
-        description="Put finished runs side by side; runs of the same method are seeds of one row.",
-        epilog="example: python -m nostalgia.reporting.compare runs/demo/latest runs/demo-finetune/latest",
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the comparison into this folder")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise UsageError(f"--out {folder}: cannot be written ({error.strerror})") from None

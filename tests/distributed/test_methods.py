@@ -24,7 +24,7 @@ METHODS = {
     "si": ["method.strength=10"],
     "lwf": ["method.strength=1"],
     "er": ["method.budget_bytes=6000"],
-    "derpp": ["method.budget_bytes=6000"],
+    "derpp": ["method.budget_bytes=6000", "train.optimizer=sgd"],  # for the same reason
     "agem": ["method.budget_bytes=6000", "method.reference_size=9"],
     "gpm": ["method.num_samples=37", "method.threshold=0.9"],
     "nostalgia_ewc": ["method.strength=10", "method.top_k=3"],

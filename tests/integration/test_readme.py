@@ -98,10 +98,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results": (HERE, ""),
     "python -m nostalgia.report runs/demo/latest --figure examples.own_figure:loss_drop": (HERE, ""),
-    "python -m nostalgia.scripts.plot_all --results_dir runs/demo/latest/results --figure examples.own_figure:loss_drop": (
+    "python -m nostalgia.figures runs/demo/latest --figure examples.own_figure:loss_drop": (
         HERE, "",
     ),
-    "python -m nostalgia.reporting.compare runs/demo/latest": (HERE, ""),
+    "python -m nostalgia.figures runs/demo/latest": (HERE, ""),
     "python -m nostalgia.evaluate runs/demo/latest": (HERE, ""),
     "python -m nostalgia.report runs/demo/latest": (HERE, ""),
     "python -m nostalgia.report runs/demo/nostalgia/seed0 runs/demo/finetune/seed0 --out report.html": (

@@ -146,9 +146,21 @@ def prediction_table(run: RunFolder) -> Block | None:
     if len(rows) > ROWS_SHOWN:
         rows = [row for row in rows if row.get("after") == rows[-1].get("after")]
         note += " After the last task only; results/forgetting_prediction.json has all."
-    terms = ("measured", "predicted", "linear", "inside", "outside", "kronecker", "exact", "bound", "displacement")
-    body = [[str(r["task"]), str(r.get("after", "")), *(significant(r.get(term)) for term in terms)] for r in rows]
-    head = ["task", "after", "measured", "predicted", "g·d", "inside", "outside", "Kronecker", "exact", "bound", "|d|"]
+    columns = {
+        "measured": "measured",
+        "predicted": "predicted",
+        "linear": "g·d",
+        "inside": "inside",
+        "outside": "outside",
+        "kronecker": "Kronecker",
+        "exact": "exact",
+        "bound": "bound",
+        "displacement": "|d|",
+    }
+    if all(row.get("exact") is None for row in rows):
+        del columns["exact"]
+    body = [[str(r["task"]), str(r.get("after", "")), *(significant(r.get(term)) for term in columns)] for r in rows]
+    head = ["task", "after", *columns.values()]
     return Table(head, body, caption="Increase of the loss of finished tasks", note=note, words=2)
 
 

@@ -1,15 +1,17 @@
-"""plot_all and compare on run folders as they are found: finished, broken off, old, empty."""
+"""figures and compare on run folders as they are found: finished, broken off, old, empty."""
 
 from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from nostalgia.errors import NotFoundError
+from nostalgia import figures, report
+from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.reporting import compare
 from nostalgia.reporting.aggregate import by_method, read_finished, summarise
 from nostalgia.reporting.run_folder import read_run
@@ -35,7 +37,7 @@ FIGURES = {
 
 def test_a_finished_run_gets_all_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
-    assert plot_all.main(["--results_dir", str(run / "results")]) == 0
+    assert figures.main([str(run)]) == 0
     made = {path.stem for path in (run / "results" / "figures").glob("*.png")}
     assert made >= FIGURES
     assert "not made" not in capsys.readouterr().out
@@ -46,7 +48,7 @@ def test_a_run_that_broke_off_is_drawn_from_its_log(tmp_path: Path, capsys: pyte
     assert plot_all.main(["--results_dir", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "results" / "figures" / "accuracy_matrix.png").exists()
-    assert f"memory            not made: {tmp_path / 'memory.csv'} is not there" in out
+    assert f"{'memory':<25} not made: {tmp_path / 'memory.csv'} is not there" in out
     run = read_run(tmp_path)
     assert (run.tasks, run.matrix) == (TASKS[:2], [row[:2] for row in MATRIX[:2]])
 
@@ -56,7 +58,7 @@ def test_a_damaged_file_costs_its_figures_only(tmp_path: Path) -> None:
     (run / "curvature" / "task2.json").write_text('{"task": "x", "eigenva')
     (run / "memory.csv").write_text("time,step\n1,x\n")
     (run / "results" / "results.json").write_text("{")
-    drawn = plot_all.plot_all(run / "results")
+    drawn = figures.draw(run)
     assert set(drawn.skipped) == {"memory"}
     assert "line 2: not a number" in drawn.skipped["memory"]
     read = read_run(run)
@@ -68,8 +70,8 @@ def test_a_damaged_file_costs_its_figures_only(tmp_path: Path) -> None:
 def test_other_logs_can_be_given(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "metrics.csv").rename(tmp_path / "elsewhere.csv")
-    assert "train_loss" in plot_all.plot_all(run / "results").skipped
-    drawn = plot_all.plot_all(run / "results", log_csv=tmp_path / "elsewhere.csv")
+    assert "train_loss" in figures.draw(run).skipped
+    drawn = figures.draw(run, log_csv=tmp_path / "elsewhere.csv")
     assert "train_loss" in drawn.made
 
 
@@ -105,10 +107,10 @@ def test_figures_that_cannot_be_written_are_wrong_usage(tmp_path: Path, capsys: 
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_no_arguments_are_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as caught:
-        plot_all.main([])
-    assert caught.value.code == 2
+@pytest.mark.parametrize("command", [plot_all.main, figures.main, report.main])
+def test_no_arguments_are_wrong_usage(command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([]) == 2
+    assert "required" in capsys.readouterr().err
 
 
 def test_seeds_are_averaged_within_a_method(tmp_path: Path) -> None:
@@ -129,11 +131,10 @@ def test_a_missing_value_is_not_averaged_over() -> None:
 
 def test_compare_prints_one_table_and_the_paths(tmp_path: Path) -> None:
     nostalgia, finetune = write_run(tmp_path / "n"), write_run(tmp_path / "f", method="finetune", shift=0.3)
-    plot_all.plot_all(nostalgia / "results")
+    figures.draw(nostalgia)
     stream = io.StringIO()
-    compare.compare(
-        [nostalgia, finetune, nostalgia], Console(file=stream, width=80, color_system=None), tmp_path / "figs"
-    )
+    compare.compare([nostalgia, finetune, nostalgia], Console(file=stream, width=80, color_system=None))
+    assert figures.main([str(nostalgia), str(finetune), "--out", str(tmp_path / "figs")]) == 0
     text = stream.getvalue()
     words = [line.split() for line in text.splitlines()]
     assert ["nostalgia", "0", "0.717", "-", "-0.200", "0.225", "0.850", "0.100", "60.0", "-", "-"] in words
@@ -147,7 +148,9 @@ def test_compare_says_what_does_not_compare(tmp_path: Path) -> None:
     first, again = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     other = write_run(tmp_path / "c", method="finetune", tasks=["x", "y", "z"])
     stream = io.StringIO()
-    compare.compare([first, again, other], Console(file=stream, width=200), tmp_path / "figs")
+    compare.compare([first, again, other], Console(file=stream, width=200))
+    with pytest.raises(UsageError, match="their tasks are not the same"):
+        compare.draw_side_by_side([first, again, other], tmp_path / "figs")
     assert "note: the runs have different tasks" in stream.getvalue()
     assert "note: nostalgia: several runs have the same seed" in stream.getvalue()
     assert not (tmp_path / "figs").exists()
@@ -156,7 +159,15 @@ def test_compare_says_what_does_not_compare(tmp_path: Path) -> None:
 def test_compare_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     shutil.rmtree(run / "results")
-    assert compare.main([str(run)]) == 3
+    assert figures.main([str(run), str(run)]) == 3
     assert "no results to compare" in capsys.readouterr().err
     with pytest.raises(NotFoundError, match="no such run folder"):
         read_finished([tmp_path / "nowhere"])
+
+
+def test_the_report_of_several_runs_prints_their_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", method="finetune", shift=0.3)
+    assert report.main([str(first), str(other), "--out", str(tmp_path / "page.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(tmp_path / "page.html")
+    assert any(line.split()[:2] == ["finetune", "0"] for line in lines)
