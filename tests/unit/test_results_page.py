@@ -28,9 +28,9 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
 
 
 def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
-    found = [study(name) for name in ("study", "study_variants", "study_four_seeds")]
+    found = [study(name) for name in ("study", "study_variants", "study_four_seeds", "study_resnet")]
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 446
+    assert len(runs) == 461
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -96,3 +96,16 @@ def test_shares_of_predicted_pairs_are_those_of_the_study() -> None:
         shares.append(round(100 * sum(close) / len(close)))
     assert len(runs) == 9
     assert f"for {shares[0]}, {shares[1]} and {shares[2]} % of the pairs" in (DOCS / "results.md").read_text()
+
+
+def test_the_rows_of_the_resnet_are_its_runs() -> None:
+    page, found = (DOCS / "results.md").read_text(), study("study_resnet")
+    assert len(found["runs"]) >= 4
+    for run in found["runs"]:
+        arm = run["arm"].removesuffix(", whole")
+        assert (
+            f"| {run['stream']} | {arm} | {run['acc']:.3f} | {run['bwt']:.3f} | {run['learning_accuracy']:.3f} |"
+            in page
+        )
+    for run in found["choice"]:
+        assert f"{run['acc']:.3f} | {run['bwt']:.3f} | {run['learning_accuracy']:.3f}" in page
