@@ -64,6 +64,7 @@ def test_defaults_are_the_documented_ones() -> None:
         (["experiment.tasks=[]"], "at least one task"),
         (["experiment.tasks=[a,b]", "experiment.num_tasks=3"], "names 2"),
         (["train.epochs_per_task=[1]"], "1 entries for 2 tasks"),
+        (["method=joint", "train.epochs_per_task=[1,2]"], "trains once on all tasks: give train.epochs"),
         (["model=resnet18", "nostalgia.project_params=lora-only"], "without adapters"),
         (["train.lr=["], "cannot be read as KEY=VALUE"),
         (["dataset.root=a,b"], "quoted twice, once for the shell: \"dataset.root='a, b'\""),
