@@ -22,7 +22,8 @@ from nostalgia.plain.arguments import CommandParser
 from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.results import RunResults, read_results
 from nostalgia.reporting.streams import make_console
-from nostalgia.sweep_runner import Job, run_jobs
+from nostalgia.sweep_runner import Job, Start, run_jobs, start_here
+from nostalgia.sweep_slurm import SlurmStarter, read_parameters
 
 EXAMPLES = """examples:
   python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2
@@ -57,6 +58,7 @@ class Options:
     strengths: Strengths = None
     select_seeds: tuple[int, ...] = ()
     budget_minutes: float | None = None  # starts no run after that
+    slurm: Mapping[str, Any] | None = None  # submitit's parameters; None: runs are processes of this machine
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ def sweep(options: Options) -> int:
             state = "complete" if job.complete else "to go on" if (job.folder / "config.yaml").exists() else "to run"
             console.print(f"{job.name:<24} {state:<9} {job.folder}", highlight=False, markup=False, soft_wrap=True)
         return 0
-    outcomes = run_jobs(missing, options.parallel, console, options.budget_minutes)
+    start: Start = start_here
+    parallel = options.parallel
+    if options.slurm is not None:
+        output = Path(parse(list(options.words)).config.experiment.output_dir).expanduser()
+        start, parallel = SlurmStarter(options.slurm, output / "slurm"), max(len(missing), 1)
+    outcomes = run_jobs(missing, parallel, console, options.budget_minutes, start)
     done = [cell for cell in planned if cell.job.complete or outcomes[cell.job.name].code == 0]
     if done:
         show(done, options, console)
@@ -257,6 +264,7 @@ def read_options(arguments: list[str]) -> Options:
         strengths,
         tuple(select),
         flags.budget_minutes,
+        None if flags.slurm is None else read_parameters(flags.slurm),
     )
 
 
@@ -295,6 +303,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--select-seeds", metavar="3,4", help="choose strengths on these seeds, report the others")
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after M minutes")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; GPUs are shared out")
+    parser.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE,...",
+        help="each run as a Slurm job of one node, all at once, by submitit with these parameters: "
+        "partition=gpu,gpus_per_node=4,timeout_min=240",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their folders; run nothing")
     return parser
 

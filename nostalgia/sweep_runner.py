@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -57,16 +58,46 @@ class Outcome:
         return f"{self.job.name} failed with exit code {self.code}: {_reason(self.job.log)} ({self.job.log})"
 
 
+class Started(Protocol):
+    """A run under way."""
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Start = Callable[[Job, Mapping[str, str]], Started]  # of a job, with what is added to its environment
+
+
+def run_command(job: Job) -> list[str]:
+    """The command of a run; its folder is in the environment's RUN_DIR."""
+    return ["bash", str(launch_folder() / "ddp.sh"), *job.words]
+
+
+def start_here(job: Job, environment: Mapping[str, str]) -> Started:
+    """Start the run as a process of this machine, its output in the job's log."""
+    with job.log.open("ab") as log:
+        # A session of its own: the terminal's Ctrl-C comes to us, and from us to the runs.
+        return subprocess.Popen(
+            run_command(job),
+            env={**os.environ, **environment, "RUN_DIR": str(job.folder)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 class Sweep:
     """The runs under way; a signal ends them with a checkpoint and starts no further one."""
 
-    def __init__(self, parallel: int, environment: Mapping[str, str], budget_minutes: float | None = None) -> None:
-        self._environment = environment
+    def __init__(self, parallel: int, start: Start = start_here, budget_minutes: float | None = None) -> None:
+        self._start = start
         self._deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
         self._slots: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
-        for slot in gpu_slots(parallel, environment):
+        for slot in gpu_slots(parallel, os.environ) if start is start_here else [{}] * parallel:
             self._slots.put(slot)
-        self._running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+        self._running: dict[str, tuple[Job, Started]] = {}
         self._lock = threading.Lock()
         self.stopping = False
 
@@ -94,32 +125,30 @@ class Sweep:
 
     def _run(self, job: Job, slot: Mapping[str, str]) -> int:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["bash", str(launch_folder() / "ddp.sh"), *job.words]
-        environment = {**self._environment, **slot, "RUN_DIR": str(job.folder)}
-        with job.log.open("ab") as log:
-            with self._lock:
-                late = self._deadline is not None and time.monotonic() > self._deadline
-                if self.stopping or late:
-                    return 75
-                # A session of its own: the terminal's Ctrl-C comes to us, and from us to the runs.
-                process = subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
-                self._running[job.name] = job, process
-            code = process.wait()
-            with self._lock:
-                del self._running[job.name]
+        with self._lock:
+            late = self._deadline is not None and time.monotonic() > self._deadline
+            if self.stopping or late:
+                return 75
+            run = self._start(job, slot)
+            self._running[job.name] = job, run
+        code = run.wait()
+        with self._lock:
+            del self._running[job.name]
         return code
 
 
 def run_jobs(
-    jobs: Sequence[Job], parallel: int, console: Console, budget_minutes: float | None = None
+    jobs: Sequence[Job],
+    parallel: int,
+    console: Console,
+    budget_minutes: float | None = None,
+    start: Start = start_here,
 ) -> dict[str, Outcome]:
     """Run ``jobs``, ``parallel`` at a time, whatever becomes of each; their outcomes by name.
 
     After ``budget_minutes`` no further one is started: what is left counts as interrupted.
     """
-    sweep, outcomes = Sweep(parallel, os.environ, budget_minutes), {}
+    sweep, outcomes = Sweep(parallel, start, budget_minutes), {}
     with _signals_to(sweep), _display(console, len(jobs)) as show, ThreadPoolExecutor(parallel) as pool:
         waiting = {pool.submit(sweep.run, job) for job in jobs}
         while waiting:
