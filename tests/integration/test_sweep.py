@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nostalgia.sweep_runner import gpu_slots
@@ -134,3 +135,25 @@ def test_strengths_are_searched_and_compared_and_a_failing_cell_costs_only_itsel
     assert (tmp_path / "runs" / "frontier.json").read_text() == whole
     code, _, errors = sweep(tmp_path, *words, "--select-seeds", "1")
     assert (code, errors.count("error")) == (2, 1)
+
+
+def test_a_sweep_that_is_killed_and_begun_again_gives_the_same_table(tmp_path: Path) -> None:
+    """One after another, in parallel, or killed in between with all that it had started."""
+    words = ("--methods", "finetune,ewc", "--seeds", "0,1", "--strengths", "1,10")
+    tables = {}
+    for name, more in (("alone", ()), ("parallel", ("--parallel", "2")), ("killed", ())):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            process = start(folder, *words)
+            until = time.monotonic() + 100
+            while len((folder / "ran").read_text().splitlines() if (folder / "ran").exists() else []) < 3:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                one.kill()
+            process.communicate()
+        code, _, errors = sweep(folder, *words, *more)
+        assert (code, errors) == (0, "")
+        tables[name] = (folder / "runs" / "frontier.md").read_text()
+    assert tables["parallel"] == tables["alone"] == tables["killed"]
