@@ -27,7 +27,7 @@ def error_lines(text: str) -> list[str]:
 
 def test_a_nan_in_one_batch_on_one_rank_stops_all(tmp_path: Path) -> None:
     place = (1, "task2_digits", 2, 3, tmp_path / "sample")  # rank, task, epoch, step
-    words = [*SMALL, "--debug", "train.epochs=2", "nostalgia.guard_every_n_steps=0"]
+    words = [*SMALL, "--debug", "train.max_steps_per_epoch=4", "train.epochs=2", "nostalgia.guard_every_n_steps=0"]
     done = run(nan_batch.main, *place, [*words, f"experiment.output_dir={tmp_path / 'runs'}"], world_size=2)
     assert done.codes == [4, 4], done.stderr
     (line,) = error_lines(done.stderr)

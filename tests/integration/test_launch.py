@@ -25,7 +25,8 @@ from tests.integration.stubs import slurm
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 TINY = (
-    "--suite", "demo", "--debug", "--quiet", "train.accelerator=cpu", "experiment.tasks=[digits,digits]",
+    "--suite", "demo", "--debug", "--quiet", "train.max_steps_per_epoch=4", "train.max_eval_batches=2",
+    "train.accelerator=cpu", "experiment.tasks=[digits,digits]",
     "nostalgia.top_k=2", "nostalgia.num_samples=32", "nostalgia.tol=0.2", "train.head_warmup_epochs=0",
     "dataset.batch_size=16", "nostalgia.predict_forgetting=false", "logger.tensorboard=false",
 )  # fmt: skip
