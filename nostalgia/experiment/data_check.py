@@ -13,11 +13,16 @@ from nostalgia.errors import NotFoundError
 from nostalgia.reporting.files import read_json, write_json
 
 FILE = "data.json"  # in the run's folder
+CLASS_ORDER = "class_order.json"  # beside it, of experiment.split=classes
 
 
-def record_data(folder: Path, tasks: Sequence[Task]) -> None:
-    """Write what each task's splits hold; images by name where they are not too many."""
+def record_data(folder: Path, tasks: Sequence[Task], config: Config) -> None:
+    """Write what each task's splits hold, images by name where they are not too many, and the order of the classes of a
+    split by them, as experiment.class_order takes it.
+    """
     write_json(folder / FILE, {task.name: _splits(task) for task in tasks})
+    if config.experiment.tasks is None and config.experiment.split == "classes":
+        write_json(folder / CLASS_ORDER, list(dict.fromkeys(name for task in tasks for name in task.classes)))
 
 
 def check_data(folder: Path, tasks: Sequence[Task], remedy: str) -> None:
@@ -43,6 +48,8 @@ def absolute_paths(config: Config) -> None:
     """Resolve the folders that a configuration names, so that it means the same in another working folder."""
     config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
     config.dataset.name = _absolute(config.dataset.name)
+    if config.experiment.class_order is not None:
+        config.experiment.class_order = str(Path(config.experiment.class_order).expanduser().absolute())
     if config.model.model_id is not None:
         config.model.model_id = _absolute(config.model.model_id)
     for i, task in enumerate(config.experiment.tasks or []):

@@ -30,7 +30,7 @@ def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed
     if resumed is not None and resumed.state is not None and not request.resume_override:
         check_data(folder, run.tasks, "give --resume-override to go on all the same")
     else:
-        record_data(folder, run.tasks)
+        record_data(folder, run.tasks, run.config)
 
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:

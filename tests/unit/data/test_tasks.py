@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from nostalgia.config import parse
 from nostalgia.data.source import Source, stratified_split
 from nostalgia.data.sources import load_source
 from nostalgia.data.tasks import Missing, TaskSpec, build_tasks, expand_specs, find_tasks, head_classes
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.experiment.data_check import record_data
 from tests.unit.data.trees import write_tree
 
 
@@ -59,6 +62,34 @@ def test_a_split_by_classes_is_disjoint_whole_and_seeded(count: int, sizes: list
     assert sorted(c for part in parts(1) for c in part) == [str(c) for c in range(10)]
     assert parts(1) == parts(1)
     assert parts(1) != parts(2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_s_order_of_classes_is_recorded_and_taken_again(shared: bool, tmp_path: Path) -> None:
+    """Whatever the seed of the run that takes it; names and indices mean the same."""
+    config = parse(["dataset=digits", "experiment.split=classes", "experiment.num_tasks=3"]).config
+    tasks = build_tasks(expand_specs(None, "digits", 3, "classes", shared_head=shared), load, seed=1)
+    record_data(tmp_path, tasks, config)
+    order = tmp_path / "class_order.json"
+    assert sorted(json.loads(order.read_text())) == [str(c) for c in range(10)]
+    for _ in range(2):
+        specs = expand_specs(None, "digits", 3, "classes", shared_head=shared, class_order=str(order))
+        again = build_tasks(specs, load, seed=2)
+        assert [set(task.classes) for task in again] == [set(task.classes) for task in tasks]
+        assert [len(task.train) for task in again] == [len(task.train) for task in tasks]
+        order.write_text(json.dumps([int(c) for c in json.loads(order.read_text())]))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "cannot be read"), ("{}", "JSON list"), ("[]", "JSON list"), ("[1.5]", "JSON list")]
+)
+def test_an_order_that_is_none_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "order.json").write_text(text)
+    with pytest.raises(NotFoundError, match=words):
+        expand_specs(None, "digits", 3, "classes", class_order=str(tmp_path / "order.json"))
+    (tmp_path / "order.json").write_text('["0", "ten"]')
+    with pytest.raises(UsageError, match="class 'ten' is not in digits"):
+        build_tasks(expand_specs(None, "digits", 2, "classes", class_order=str(tmp_path / "order.json")), load, seed=0)
 
 
 def test_more_parts_than_classes() -> None:
