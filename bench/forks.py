@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def run_missing(
 def _run(job: Job, keep: Sequence[str] | None) -> None:
     """In a fork: the run, its output in the job's log; ends the process."""
     code = 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not what it means to the process that forks
     try:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -204,7 +205,7 @@ def table(found: dict[str, Any]) -> str:
     """Markdown, a part a stream; over the seeds that an arm and fine-tuning, the first arm, have both."""
     lines = []
     done = [run for run in found["runs"] if "acc" in run]
-    plain = next(iter(found["chosen"]))
+    plain = next(iter(found["chosen"]), "")
     for stream in dict.fromkeys(run["stream"] for run in done):
         here = {(run["arm"], run["seed"]): run for run in done if run["stream"] == stream}
         lines += [
@@ -298,12 +299,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     seeds = [int(seed) for seed in options.seeds.split(",") if seed]
     study = Study(options, words)
-    run_missing([job for *_, jobs in study.choosing() for job in jobs], options.jobs, until, keep=("results",))
-    run_missing([job for *_, job in study.reported(seeds)], options.jobs, until, keep=("results",))
-    found = summary(study, seeds)
-    (options.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "study.md").write_text(table(found))
-    print(table(found))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # what is complete is summed up all the same
+    try:
+        run_missing([job for *_, jobs in study.choosing() for job in jobs], options.jobs, until, keep=("results",))
+        run_missing([job for *_, job in study.reported(seeds)], options.jobs, until, keep=("results",))
+    finally:
+        found = summary(study, seeds)
+        (options.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / "study.md").write_text(table(found))
+        print(table(found), flush=True)
     failed = [run["failed"] for run in [*found["choice"], *found["runs"]] if "failed" in run]
     if failed:
         print(f"{len(failed)} runs are not complete, first {failed[0]}", file=sys.stderr)
