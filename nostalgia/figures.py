@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
-from nostalgia.plain.arguments import CommandParser
+from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.plain.arguments import CommandParser, ended
 
 if TYPE_CHECKING:
     from nostalgia.reporting.drawing import Drawn
@@ -25,37 +25,30 @@ Exit codes: 0 done, 2 wrong usage or a folder that cannot be written, 3 no such 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        parser = CommandParser(
-            prog="nostalgia.figures",
-            usage="python -m nostalgia.figures RUN_DIR [RUN_DIR ...] [--out FOLDER] [--figure MODULE:FUNCTION]",
-            description="Draw every figure that run folders allow: of one run, or of several finished ones side by side.",
-            epilog=EPILOG,
-        )
-        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
-        parser.add_argument(
-            "--out", type=Path, metavar="FOLDER", help="default: RUN_DIR/results/figures, ./figures for several"
-        )
-        parser.add_argument(
-            "--figure",
-            action="append",
-            default=[],
-            metavar="MODULE:FUNCTION",
-            help="draw this figure of your own too: a function of one run's folder (docs/runs.md)",
-        )
-        flags = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-        if len(flags.runs) == 1:
-            say(draw(flags.runs[0], flags.out, own=flags.figure))
-        elif flags.figure:
-            raise UsageError("--figure: a figure of your own is drawn of one run")
-        else:
-            from nostalgia.reporting.compare import draw_side_by_side
+    return ended(_main, arguments)
 
-            say(draw_side_by_side(flags.runs, flags.out or Path("figures")))
-    except NostalgiaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+def _main(arguments: list[str]) -> None:
+    parser = CommandParser(
+        prog="nostalgia.figures",
+        usage="python -m nostalgia.figures RUN_DIR [RUN_DIR ...] [--out FOLDER] [--figure MODULE:FUNCTION]",
+        description="Draw every figure that run folders allow: of one run, or of several finished ones side by side.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: RUN_DIR/results/figures, ./figures for several"
+    )
+    parser.own_figures()
+    flags = parser.parse_args(arguments)
+    if len(flags.runs) == 1:
+        say(draw(flags.runs[0], flags.out, own=flags.figure))
+    elif flags.figure:
+        raise UsageError("--figure: a figure of your own is drawn of one run")
+    else:
+        from nostalgia.reporting.compare import draw_side_by_side
+
+        say(draw_side_by_side(flags.runs, flags.out or Path("figures")))
 
 
 def draw(

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nostalgia.errors import NostalgiaError
-from nostalgia.plain.arguments import CommandParser
+from nostalgia.plain.arguments import CommandParser, ended
 
 EPILOG = """examples:
   python -m nostalgia.report runs/demo/latest                     writes runs/demo/latest/results/report.html
@@ -19,33 +18,23 @@ Exit codes: 0 done, 2 wrong usage or a file that cannot be written, 3 no such ru
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        parser = CommandParser(
-            prog="nostalgia.report",
-            usage="python -m nostalgia.report RUN_DIR [RUN_DIR ...] [--out FILE] [--figure MODULE:FUNCTION]",
-            description="Write the report of a run, finished or not; several runs are put side by side.",
-            epilog=EPILOG,
-        )
-        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
-        parser.add_argument(
-            "--out",
-            type=Path,
-            metavar="FILE",
-            help="default: RUN_DIR/results/report.html, ./report.html for several runs",
-        )
-        parser.add_argument(
-            "--figure",
-            action="append",
-            default=[],
-            metavar="MODULE:FUNCTION",
-            help="a figure of your own in the report of one run: a function of its folder (docs/runs.md); may be repeated",
-        )
-        flags = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-        report(flags.runs, flags.out, flags.figure)
-    except NostalgiaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return ended(_main, arguments)
+
+
+def _main(arguments: list[str]) -> None:
+    parser = CommandParser(
+        prog="nostalgia.report",
+        usage="python -m nostalgia.report RUN_DIR [RUN_DIR ...] [--out FILE] [--figure MODULE:FUNCTION]",
+        description="Write the report of a run, finished or not; several runs are put side by side.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: RUN_DIR/results/report.html, ./report.html for several runs"
+    )
+    parser.own_figures()
+    flags = parser.parse_args(arguments)
+    report(flags.runs, flags.out, flags.figure)
 
 
 def report(runs: Sequence[Path], out: Path | None = None, own_figures: Sequence[str] = ()) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nostalgia.config import Config, parse
-from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.methods.loading import method_class
-from nostalgia.plain.arguments import CommandParser
+from nostalgia.plain.arguments import CommandParser, ended
 from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.results import RunResults, read_results
 from nostalgia.reporting.streams import make_console
@@ -52,7 +52,7 @@ Strengths = tuple[float, ...] | Mapping[str, tuple[float, ...]] | None
 class Options:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    parallel: int
+    parallel: int | None  # None: one at a time here, all at once under Slurm
     dry_run: bool
     words: tuple[str, ...]  # for nostalgia.train
     strengths: Strengths = None
@@ -71,12 +71,7 @@ class Cell:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = read_options(sys.argv[1:] if arguments is None else list(arguments))
-        return sweep(options)
-    except NostalgiaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return ended(lambda given: sweep(read_options(given)), arguments)
 
 
 def sweep(options: Options) -> int:
@@ -92,10 +87,10 @@ def sweep(options: Options) -> int:
             console.print(f"{job.name:<24} {state:<9} {job.folder}", highlight=False, markup=False, soft_wrap=True)
         return 0
     start: Start = start_here
-    parallel = options.parallel
+    parallel = options.parallel or 1
     if options.slurm is not None:
         output = Path(parse(list(options.words)).config.experiment.output_dir).expanduser()
-        start, parallel = SlurmStarter(options.slurm, output / "slurm"), max(len(missing), 1)
+        start, parallel = SlurmStarter(options.slurm, output / "slurm"), options.parallel or max(len(missing), 1)
     outcomes = run_jobs(missing, parallel, console, options.budget_minutes, start)
     done = [cell for cell in planned if cell.job.complete or outcomes[cell.job.name].code == 0]
     if done:
@@ -241,7 +236,7 @@ def read_options(arguments: list[str]) -> Options:
     for name, values in (("--methods", methods), ("--seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise UsageError(f"{name} {getattr(flags, name[2:])}: name at least one, and each once")
-    if flags.parallel < 1:
+    if flags.parallel is not None and flags.parallel < 1:
         raise UsageError(f"--parallel {flags.parallel}: allowed is 1 or more")
     try:
         select = [int(seed) for seed in (flags.select_seeds or "").split(",") if seed]
@@ -302,11 +297,13 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--select-seeds", metavar="3,4", help="choose strengths on these seeds, report the others")
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after M minutes")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; GPUs are shared out")
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="runs at a time; GPUs are shared out (default 1; Slurm: all)"
+    )
     parser.add_argument(
         "--slurm",
         metavar="KEY=VALUE,...",
-        help="each run as a Slurm job of one node, all at once, by submitit with these parameters: "
+        help="each run as a Slurm job of one node, by submitit with these parameters: "
         "partition=gpu,gpus_per_node=4,timeout_min=240",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their folders; run nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -53,8 +54,15 @@ class SlurmStarter:
             raise UsageError(f"--slurm: {first}") from None
 
     def __call__(self, job: Job, environment: Mapping[str, str]) -> Started:
+        from submitit.core.utils import FailedJobError
+
         self.executor.update_parameters(name=job.name.replace(" ", "-").replace("/", "-"))
-        return SlurmRun(self.executor.submit(Run(run_command(job), str(job.folder), str(job.log))), job.log)
+        run = Run(run_command(job), str(job.folder.absolute()), str(job.log.absolute()))
+        try:
+            return SlurmRun(self.executor.submit(run), job.log)
+        except (FailedJobError, OSError, RuntimeError) as error:
+            _note(job.log, f"it cannot be submitted: {' '.join(str(error).split())[:500]}")
+            return NotStarted()
 
 
 class Run:
@@ -82,16 +90,32 @@ class Run:
         from submitit.helpers import DelayedSubmission
 
         if self.pid:
-            os.kill(self.pid, signal.SIGTERM)
-            # The interrupted wait of __call__ holds Popen's lock: look at the process without it, and leave its code there.
-            while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-                time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended just now
+                os.kill(self.pid, signal.SIGTERM)
+                # The interrupted wait of __call__ holds Popen's lock: look at the process without it.
+                while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                    time.sleep(0.1)
         return DelayedSubmission(Run(self.command, self.run_dir, self.log))
 
 
 def _leave_the_signal_to_submitit() -> None:
     """Slurm signals every process of a step; the run is told by SIGTERM, from `Run.checkpoint`."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+class NotStarted:
+    """A run that Slurm has not taken; why is in its log."""
+
+    def wait(self) -> int:
+        return 4
+
+    def send_signal(self, number: int) -> None:
+        """There is nothing to end."""
+
+
+def _note(log: Path, line: str) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"error: {line}\n")
 
 
 def _reason(text: str) -> str:
@@ -117,8 +141,7 @@ class SlurmRun:
         except (FailedJobError, UncompletedJobError) as error:
             if self.cancelled:
                 return 75
-            with self.log.open("a", encoding="utf-8") as log:
-                log.write(f"error: job {self.job.job_id}: {_reason(str(error))}\n")
+            _note(self.log, f"job {self.job.job_id}: {_reason(str(error))}")
             return 4
 
     def send_signal(self, number: int) -> None:

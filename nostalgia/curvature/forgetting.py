@@ -162,19 +162,20 @@ class ForgettingPrediction:
         after: str,
         theta: Tensor,
         loss_of: Callable[[str], float],
-        form_of: Callable[[str, Tensor, Tensor], float] | None = None,
+        form_of: Callable[[str, Tensor, Tensor], float | None] | None = None,
     ) -> list[ForgettingRow]:
         """A row for each task finished before ``after``, at the parameters theta (P_local,) it ended with.
 
         ``loss_of`` gives a task's mean loss over its curvature set at those parameters; ``form_of``, of a task, its end
-        (P_local,) and d (P_local,), d.Cd with its curvature C there.
+        (P_local,) and d (P_local,), d.Cd with its curvature C there, None where that cannot be had.
         """
         rows = []
         for task in [task for task in self.expansions if task != after]:
             row = self.predict(task, after, theta, loss_of(task))
             if form_of is not None:
                 anchor = self.vectors[task][0]
-                row = replace(row, exact=0.5 * form_of(task, anchor, theta - anchor))
+                form = form_of(task, anchor, theta - anchor)
+                row = replace(row, exact=None if form is None else 0.5 * form)
             rows.append(row)
         self.rows = [row for row in self.rows if row.after != after] + rows
         return rows
@@ -242,10 +243,11 @@ class ForgettingPrediction:
 
     def _accuracy(self) -> dict[str, float]:
         """How much of what was measured second order explains."""
-        found = _accuracy([(row.measured, row.predicted) for row in self.rows])
-        exact = _accuracy([(row.measured, row.linear + row.exact) for row in self.rows if row.exact is not None])
-        names = ("explained", "within_factor_1.5"), ("explained_exactly", "exactly_within_factor_1.5")
-        return {**dict(zip(names[0], found, strict=False)), **dict(zip(names[1], exact, strict=False))}
+        exact = [(row.measured, row.linear + row.exact) for row in self.rows if row.exact is not None]
+        return {
+            **_accuracy([(row.measured, row.predicted) for row in self.rows], "explained", "within_factor_1.5"),
+            **_accuracy(exact, "explained_exactly", "exactly_within_factor_1.5"),
+        }
 
     # -- to stop and go on -----------------------------------------------------------------------------------------
 
@@ -263,13 +265,13 @@ class ForgettingPrediction:
         self.rows = [ForgettingRow(**_known(ForgettingRow, item)) for item in state["rows"]]
 
 
-def _accuracy(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+def _accuracy(pairs: Sequence[tuple[float, float]], explained: str, within: str) -> dict[str, float]:
     """Of pairs measured, predicted: sum of predicted over sum of measured, and the share within a factor of 1.5."""
     measured = sum(m for m, _ in pairs)
     if measured == 0:
-        return ()
+        return {}
     close = [m != 0 and 1 / 1.5 <= predicted / m <= 1.5 for m, predicted in pairs]
-    return sum(predicted for _, predicted in pairs) / measured, sum(close) / len(close)
+    return {explained: sum(predicted for _, predicted in pairs) / measured, within: sum(close) / len(close)}
 
 
 def _known(kind: Any, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nostalgia.curvature.forgetting import Expansion, ForgettingPrediction
 from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.curvature.operators import BatchedOperator
@@ -53,10 +55,16 @@ class ForgettingObserver:
         """Hold the tasks before ``task`` against their predictions."""
         by_name = {t.name: t for t in self.run.tasks}
         losses = self.losses
-        form_of = None
-        if self.run.config.analysis.exact_second_order:
-            form_of = lambda name, end, d: losses.form(by_name[name], end, d)  # noqa: E731
-        self.prediction.measure(task.name, losses.position(), lambda name: losses.loss(by_name[name]), form_of)
+
+        def form_of(name: str, end: Tensor, d: Tensor) -> float | None:
+            try:
+                return losses.form(by_name[name], end, d)
+            except RunFailedError as error:  # raised on every rank alike; training does not depend on it
+                self.warn(f"{name}: no exact second order after {task.name}: {error}")
+                return None
+
+        exact = form_of if self.run.config.analysis.exact_second_order else None
+        self.prediction.measure(task.name, losses.position(), lambda name: losses.loss(by_name[name]), exact)
         self._write()
 
     def predict(

@@ -69,23 +69,19 @@ class TaskLosses:
 
     def form(self, task: Task, end: Tensor, d: Tensor) -> float:
         """d.Cd of ``d`` (P_local,), with the task's curvature C where it ended, at the coordinates ``end`` (P_local,)."""
-        run = self.run
-        backbone = merged(run.backbone) if self.in_weights else copy.deepcopy(run.backbone)
-        parameters = {name: backbone.get_parameter(name) for name in self.space.names}
+        model, parameters = self._copy(task)
         with torch.no_grad():
             for parameter, value in zip(parameters.values(), self.space.gather(end), strict=True):
                 parameter.copy_(value)
-        model = TaskModel(backbone, list(self.model(task).heads))
-        hvp = "exact" if self.in_weights else run.config.curvature.hvp
-        with norm_statistics.using(backbone, self._norm_statistics(task)):
+        hvp = "exact" if self.in_weights else self.run.config.curvature.hvp
+        with norm_statistics.using(model.backbone, self._norm_statistics(task)):
             product = self._operator(task, model, parameters, self.space, hvp).matvec(d)
         return float(self.space.dot(d, product))
 
     def weights_operator(self, task: Task) -> BatchedOperator:
         """The curvature of ``task`` in the weights of the adapted layers, the adapters added into them."""
-        backbone = merged(self.run.backbone)
-        weights = {name: backbone.get_parameter(name) for name in self.space.names}
-        return self._operator(task, TaskModel(backbone, list(self.model(task).heads)), weights, self.space, "exact")
+        model, weights = self._copy(task)
+        return self._operator(task, model, weights, self.space, "exact")
 
     def factors(self, operator: BatchedOperator) -> KroneckerFactors:
         """Kronecker factors of the loss itself, over the samples of its operator."""
@@ -99,6 +95,12 @@ class TaskLosses:
             precision=operator.precision,
             space=self.space,
         )
+
+    def _copy(self, task: Task) -> tuple[TaskModel, dict[str, nn.Parameter]]:
+        """A copy of the network under the task's head, and its parameters that are the coordinates."""
+        backbone = merged(self.run.backbone) if self.in_weights else copy.deepcopy(self.run.backbone)
+        parameters = {name: backbone.get_parameter(name) for name in self.space.names}
+        return TaskModel(backbone, list(self.model(task).heads)), parameters
 
     def _norm_statistics(self, task: Task) -> dict[str, Tensor] | None:
         """Its own, where each task has its own."""

@@ -1,15 +1,17 @@
-"""The parser of every command's options: a wrong line is a UsageError, which the command says in one line."""
+"""What every command has in common: the parser of its options, and how an error ends it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from nostalgia.errors import UsageError
+from nostalgia.errors import NostalgiaError, UsageError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Whole option names only; ``epilog`` is shown as it is laid out."""
+    """Whole option names only, a wrong line is a UsageError; ``epilog`` is shown as it is laid out."""
 
     def __init__(self, prog: str, usage: str, description: str, epilog: str) -> None:
         super().__init__(
@@ -23,3 +25,22 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"command line: {message}; --help shows examples")
+
+    def own_figures(self) -> None:
+        """Add ``--figure``, a list."""
+        self.add_argument(
+            "--figure",
+            action="append",
+            default=[],
+            metavar="MODULE:FUNCTION",
+            help="a figure of your own too: a function of one run's folder (docs/runs.md); may be repeated",
+        )
+
+
+def ended(command: Callable[[list[str]], int | None], arguments: Sequence[str] | None) -> int:
+    """Exit code of ``command`` with ``arguments`` (None: the program's own); an error of ours is one line on stderr."""
+    try:
+        return command(sys.argv[1:] if arguments is None else list(arguments)) or 0
+    except NostalgiaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -109,3 +109,16 @@ def test_what_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert f"#SBATCH {line}" in lines
     run.send_signal(signal.SIGTERM)
     assert run.cancelled  # type: ignore[attr-defined]
+
+
+def test_a_job_that_slurm_does_not_take_costs_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("sbatch", 'echo "invalid partition specified" >&2; exit 1'), ("srun", "true")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    start = SlurmStarter(read_parameters("partition=none,timeout_min=5"), tmp_path / "jobs")
+    job = Job("ewc seed 0", tmp_path / "seed0", ("--suite", "demo"))
+    assert start(job, {}).wait() == 4
+    (line,) = job.log.read_text().splitlines()
+    assert line.startswith("error: it cannot be submitted: ")
+    assert "invalid partition specified" in line

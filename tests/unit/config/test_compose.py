@@ -85,7 +85,7 @@ def test_refusals_are_one_line(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     "value",
     ["~/data", "#1", "a=b", "a#b", "x~y", "~", "a b", "für mich", "日本", "(a)", "a]", "it's", 'say "x"', "a;b", "a&b", "!x",
-     "a\\b", "\\", "C:\\pics\\", "true", "007", "1_000", "1e3", "/mnt/a b/c#d=e ~f/ü", "'", "100%", "<>"],
+     "a\\b", "\\", "C:\\pics\\", "true", "007", "1_000", "1e3", "/a b/c#d=e ~f/ü", "'", "100%", "<>"],
 )  # fmt: skip
 def test_a_text_is_taken_as_it_is(value: str, tmp_path: Path) -> None:
     """On the command line, within a list, and from the file of a run."""
