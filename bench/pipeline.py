@@ -34,6 +34,9 @@ done by its worker. Both read the same files, crop, flip, resize to --image-size
   eval    ours: the central square, resized
           theirs: Resize, CenterCrop, ToTensor, Normalize
 
+  dali    with --dali, of NVIDIA DALI on the CPU (pip install nvidia-dali-cuda120), max(1, workers) threads: decoders.image,
+          random_resized_crop or resize, crop_mirror_normalize; another decoder and resampling, so not the same pixels
+
 Without --folder the images are crops, 500 x 375 pixels, of the two photographs that come with scikit-learn. Passes
 of the two take turns; the fastest of --repeats counts. A pass includes the start of its worker processes where the
 loader starts them anew each epoch.
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--image-size", type=int, default=224, help="side fed to the network (default 224)")
     arguments.add_argument("--batch-size", type=int, default=64, help="(default 64)")
     arguments.add_argument("--workers", default="0,1,2", help="numbers of worker processes (default 0,1,2)")
+    arguments.add_argument("--dali", action="store_true", help="NVIDIA DALI too, on the CPU")
     arguments.add_argument("--repeats", type=int, default=3, help="passes, of which the fastest (default 3)")
     common.run(benchmark, arguments, argv)
 
@@ -77,9 +81,12 @@ def benchmark(options: argparse.Namespace) -> None:
 def measure(folder: Path, mode: str, workers: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     ours = our_pass(folder, mode, workers, device, options)
     theirs = plain_pass(folder, mode, workers, device, options)
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    passes = {"ours": ours, "plain": theirs}
+    if options.dali:
+        passes["dali"] = dali_pass(folder, mode, workers, device, options)
+    rates: dict[str, list[float]] = {name: [] for name in passes}
     for epoch in range(options.repeats + 1):  # the first warms up: files into memory, workers started
-        for name, run_pass in (("ours", ours), ("plain", theirs)):
+        for name, run_pass in passes.items():
             common.synchronise(device)
             start = time.perf_counter()
             count = run_pass(epoch)
@@ -91,8 +98,7 @@ def measure(folder: Path, mode: str, workers: int, device: torch.device, options
         "mode": mode,
         "workers": workers,
         "images": options.num_images,
-        "ours_per_second": best["ours"],
-        "plain_per_second": best["plain"],
+        **{f"{name}_per_second": rate for name, rate in best.items()},
         "ratio": best["ours"] / best["plain"],
         "all": rates,
     }
@@ -149,6 +155,41 @@ def plain_pass(
     return run
 
 
+def dali_pass(
+    folder: Path, mode: str, workers: int, device: torch.device, options: argparse.Namespace
+) -> Callable[[int], int]:
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+        from nvidia.dali.plugin.pytorch import DALIClassificationIterator
+    except ImportError as error:
+        raise UsageError(f"--dali: {error}; pip install nvidia-dali-cuda120") from None
+    size, train = options.image_size, mode == "train"
+
+    @pipeline_def(batch_size=options.batch_size, num_threads=max(1, workers), device_id=None, seed=options.seed)
+    def pipeline() -> Any:
+        files, labels = fn.readers.file(file_root=str(folder), random_shuffle=train, name="files")
+        images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
+        if train:
+            images = fn.random_resized_crop(images, size=size, random_area=(0.6, 1.0), random_aspect_ratio=(1.0, 1.0))
+        else:
+            images = fn.resize(images, resize_shorter=size)
+        mirror = fn.random.coin_flip() if train else 0
+        mean, deviation = [255 * m for m in MEAN], [255 * s for s in STD]
+        return fn.crop_mirror_normalize(images, crop=(size, size), mirror=mirror, mean=mean, std=deviation), labels
+
+    built = pipeline()
+    built.build()
+    loader = DALIClassificationIterator(
+        built, reader_name="files", last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True
+    )
+
+    def run(epoch: int) -> int:
+        return sum(len(batch[0]["data"].to(device)) for batch in loader)
+
+    return run
+
+
 @contextmanager
 def photographs(folder: Path | None, count: int, seed: int) -> Iterator[Path]:
     """``count`` JPEG files in class folders: links to those of ``folder``, or crops of scikit-learn's photographs."""
@@ -196,7 +237,8 @@ def _link(folder: Path, target: Path, count: int) -> None:
 
 def _table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Any:
     title = f"Images per second at {options.image_size} px, batches of {options.batch_size}"
-    result = common.table(title, ["mode", "workers", "ours", "plain torchvision", "ratio"])
+    dali = ["DALI"] if options.dali else []
+    result = common.table(title, ["mode", "workers", "ours", "plain torchvision", "ratio", *dali])
     for row in rows:
         result.add_row(
             row["mode"],
@@ -204,6 +246,7 @@ def _table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> Any:
             f"{row['ours_per_second']:.0f}",
             f"{row['plain_per_second']:.0f}",
             f"{row['ratio']:.2f}",
+            *([f"{row['dali_per_second']:.0f}"] if dali else []),
         )
     return result
 

@@ -5,8 +5,9 @@ python -m bench.study OUT --weights FOLDER --glyphs FOLDER [--seeds 0,1,2,3,4] [
 FOLDER of --weights is a pretrained ViT as `save_pretrained` leaves it, that of --glyphs what `python -m bench.glyphs` writes;
 Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on two streams of
 their own, a short and a long one, with one seed; that of the highest mean final accuracy is then run on the other
-streams with all seeds (none with --seeds ""). The line can be given again: what is complete is not run again. OUT holds the
-runs, study.json (every run's figures, the strengths) and study.md (the table: mean and standard error over seeds; `left` is the
+streams with all seeds (none with --seeds ""). With --chosen FILE the strengths are those of an earlier study.json, and none is
+chosen anew: more seeds of the same table. The line can be given again: what is complete is not run again. OUT holds the runs,
+study.json (every run's figures, the strengths) and study.md (the table: mean and standard error over seeds; `left` is the
 forgetting in per cent of fine-tuning's, `p` that of a paired t test of the final accuracy against fine-tuning's).
 """
 
@@ -144,13 +145,18 @@ class Study:
         return Job(f"{stream}: {label}, seed {seed}", folder, tuple(words), measures(folder) is not None)
 
     def choosing(self) -> Iterator[tuple[str, Candidate, list[Job]]]:
-        """Each arm with each of its candidates, and its runs on the streams to choose on."""
+        """Each arm with each of its candidates, and its runs on the streams to choose on; none where an earlier study chose."""
+        if self.options.chosen is not None:
+            return
         for name, arm in self.arms.items():
             for candidate in arm.candidates():
                 yield name, candidate, [self.job(s, name, candidate, CHOOSING_SEED) for s in CHOOSING_STREAMS]
 
     def chosen(self) -> dict[str, Candidate]:
         """The options of the highest mean final accuracy on the streams to choose on, of each arm with complete runs."""
+        if self.options.chosen is not None:
+            earlier = json.loads(self.options.chosen.read_text())["chosen"]
+            return {name: earlier[name] for name in self.arms}
         best: dict[str, tuple[float, Candidate]] = {}
         for name, candidate, jobs in self.choosing():
             found = [measures(job.folder) for job in jobs]
@@ -290,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--glyphs", type=Path, required=True, help="what python -m bench.glyphs wrote")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="reported (default %(default)s)")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons; default: %(default)s")
+    parser.add_argument("--chosen", type=Path, metavar="FILE", help="take the strengths of this study.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no run after that")
     options, words = parser.parse_known_args(arguments)

@@ -6,25 +6,27 @@ Nothing is downloaded, nothing trained. All tasks are listed, those whose data i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from omegaconf import OmegaConf
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch import cuda
 
 from nostalgia.config import Config, Request
-from nostalgia.data.images import ArrayImages
 from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, build_components
-from nostalgia.experiment.task_data import source_loader, task_specs
+from nostalgia.experiment.scale import load_of
+from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
+from nostalgia.reporting.scale_model import Cluster, stages, table
 from nostalgia.reporting.streams import make_console
 
 MAX_LINES = 12  # of what is said of one missing data set
@@ -46,13 +48,16 @@ def dry_run(
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     print_config(console, plain, quiet=request.quiet)  # type: ignore[arg-type]
     tasks = [placeholder(one) if isinstance(one, Missing) else one for one in found]
-    no_weights = ""
+    no_weights, plan = "", None
     try:
         parts = build_components(config, accelerator, precision, tasks=tasks, download_weights=False)
         console.print(start_panel(run_info(parts, request, Path(config.experiment.output_dir))))
+        plan = _plan(parts, accelerator)
     except NotFoundError as error:
         no_weights = str(error)
     console.print(_steps_table(config, found, accelerator.num_processes))
+    if plan is not None:
+        console.print(plan)
     for line in data_notes(tasks):
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     missing: dict[str, list[str]] = {}  # why -> tasks
@@ -66,6 +71,21 @@ def dry_run(
         line = f"{no_weights}; what the basis takes is known once they are there"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _refuse([name for names in missing.values() for name in names], no_weights)
+
+
+def _plan(parts: Components, accelerator: Accelerator) -> Group:
+    """What ``nostalgia.plan`` says of as many GPUs as there are processes; their memory is that of the GPU at hand."""
+    ranks, load = accelerator.num_processes, load_of(parts)
+    here = {"memory": cuda.get_device_properties(0).total_memory / 1e9} if accelerator.device.type == "cuda" else {}
+    cluster = Cluster(
+        gpus=ranks,
+        nodes=max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
+        sharded=accelerator.distributed_type == DistributedType.FSDP,
+        **here,
+    )
+    on_cpu = "" if here else "As on GPUs, which this run does not use. "
+    line = f"{on_cpu}Rates are an H200's; python -m nostalgia.plan takes others, and other numbers of GPUs."
+    return Group(table(load, cluster, stages(load, cluster)), Text(line))
 
 
 def _refuse(missing: Sequence[str], no_weights: str) -> None:
@@ -111,20 +131,3 @@ def _print_missing(console: Console, names: Sequence[str], why: str, download: b
         if line.strip().startswith("downloads: off"):
             line = "  downloads: a dry run makes none" + ("; the run itself would try" if download else "")
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def placeholder(one: Missing) -> Task:
-    """Stands for a task whose data is missing, without images or classes."""
-    nothing = ArrayImages(one.dataset, np.zeros((0, 1, 1)), [], [])
-    return Task(
-        index=one.index,
-        name=one.name,
-        dataset=one.dataset,
-        classes=(),
-        train=nothing,
-        val=nothing,
-        transform=(),
-        augment="none",
-        source="missing",
-        head=one.head or one.name,
-    )

@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nostalgia.config import Config
 from nostalgia.data.tasks import Missing, find_tasks
 from nostalgia.experiment.components import Components, build_components
-from nostalgia.experiment.dry_run import placeholder
 from nostalgia.experiment.method_choice import complete_method
-from nostalgia.experiment.task_data import source_loader, task_specs
+from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
 from nostalgia.methods.eigenspace import Eigenspace
 from nostalgia.methods.tail import KroneckerTail
 from nostalgia.models import Backbone
@@ -71,7 +70,9 @@ def load_of(run: Components) -> Load:
         mixed_precision=run.precision in ("bf16", "16"),
         optimizer_states=OPTIMIZERS[config.train.optimizer].states,
         batch=config.dataset.batch_size,
-        images=sum(len(task.train) * run.epochs(task) for task in run.tasks),
+        images=epochs_images(run),
+        max_steps=config.train.max_steps_per_epoch,
+        accumulation=config.train.gradient_accumulation_steps,
         tasks=len(run.tasks),
         top_k=eigenspace.config.top_k if isinstance(eigenspace, Eigenspace) else 0,
         columns=columns,
@@ -84,6 +85,13 @@ def load_of(run: Components) -> Load:
         penalty_flops=math.fsum(penalty_flops(*side) for side in sides),
         curved=curved,
     )
+
+
+def epochs_images(run: Components) -> tuple[int, ...]:
+    """Training images of each epoch of the run, task by task; joint training takes those of all tasks in each."""
+    if run.method.joint:
+        return (sum(len(task.train) for task in run.tasks),) * run.epochs(run.tasks[0])
+    return tuple(len(task.train) for task in run.tasks for _ in range(run.epochs(task)))
 
 
 def forward_cost(backbone: Backbone, size: int) -> tuple[float, int]:

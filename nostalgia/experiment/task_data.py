@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from nostalgia.config.schema import Config
 from nostalgia.data.folders import class_folders
-from nostalgia.data.images import Subset
+from nostalgia.data.images import ArrayImages, Subset
 from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
-from nostalgia.data.tasks import Task, TaskSpec, build_tasks, expand_specs
+from nostalgia.data.tasks import Missing, Task, TaskSpec, build_tasks, expand_specs
 from nostalgia.errors import NotFoundError
 from nostalgia.parallel.coordination import main_first
 
@@ -48,6 +49,23 @@ def source_loader(config: Config, download: bool) -> Callable[[str], Source]:
         val_fraction=dataset.val_fraction,
         entries=dataset.entries,
         download=download,
+    )
+
+
+def placeholder(one: Missing) -> Task:
+    """Stands for a task whose data is missing, without images or classes."""
+    nothing = ArrayImages(one.dataset, np.zeros((0, 1, 1)), [], [])
+    return Task(
+        index=one.index,
+        name=one.name,
+        dataset=one.dataset,
+        classes=(),
+        train=nothing,
+        val=nothing,
+        transform=(),
+        augment="none",
+        source="missing",
+        head=one.head or one.name,
     )
 
 

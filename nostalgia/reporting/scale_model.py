@@ -66,8 +66,10 @@ class Load:
     mixed_precision: bool
     optimizer_states: int
     batch: int  # of a rank
-    images: int  # of all tasks, times their epochs
+    images: tuple[int, ...]  # of each epoch of each task
     tasks: int
+    max_steps: int | None = None  # an epoch
+    accumulation: int = 1  # micro-batches of a step
     top_k: int = 0  # 0: no eigensolve
     columns: int = 0  # of the memory at most
     samples: int = 0  # of an eigensolve
@@ -78,6 +80,11 @@ class Load:
     draws: int = 0
     penalty_flops: float = 0.0  # of a step, a task remembered
     curved: int = 0  # tasks whose curvature is taken
+
+    def passes(self, gpus: int) -> int:
+        """Micro-batches that a rank trains on in the run."""
+        epochs = [math.ceil(images / (self.batch * gpus)) for images in self.images]
+        return sum(epochs if self.max_steps is None else (min(n, self.max_steps * self.accumulation) for n in epochs))
 
     @property
     def activation_bytes(self) -> int:
@@ -135,8 +142,15 @@ def _step(load: Load, cluster: Cluster) -> Stage:
         sent = 2 * cluster.ring(load.trained)
         held = load.parameters + load.trained * (2 + load.optimizer_states)  # a gradient, and DDP's bucket of it
     memory = NUMBER * held + load.batch * load.activation_bytes + _remembered_bytes(load, cluster)
-    count = math.ceil(load.images / (load.batch * cluster.gpus))
-    return Stage("step", count, compute + read + penalty, sent / cluster.slowest_rate, sent, memory, overlaps=True)
+    return Stage(
+        "step",
+        load.passes(cluster.gpus),
+        compute + read + penalty,
+        sent / cluster.slowest_rate,
+        sent,
+        memory,
+        overlaps=True,
+    )
 
 
 def _factors(load: Load, cluster: Cluster) -> Stage:
@@ -185,7 +199,7 @@ def table(load: Load, cluster: Cluster, found: Sequence[Stage]) -> Group:
     fits = "fits" if most <= cluster.memory * 1e9 else "does not fit"
     strategy = "FSDP2" if cluster.sharded else "DDP"
     lines = [
-        f"{cluster.gpus} GPUs on {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {strategy}, {load.batch} images a "
+        f"{_counted(cluster.gpus, 'GPU')} on {_counted(cluster.nodes, 'node')}, {strategy}, {load.batch} images a "
         f"GPU: {fits}, {num_bytes(most)} of {cluster.memory:g} GB a GPU; checkpoints are in the host's memory",
         f"{load.parameters:,} parameters, {load.trained:,} trained, {load.scope:,} in scope; an image takes "
         f"{load.forward_flops / 1e9:.3g} GFLOP forward and {num_bytes(load.activation_bytes)} for the backward pass",
@@ -193,6 +207,10 @@ def table(load: Load, cluster: Cluster, found: Sequence[Stage]) -> Group:
         "within a node" + (f" and {cluster.network_rate:g} between nodes" if cluster.nodes > 1 else ""),
     ]
     return Group(shown, *(Text(line) for line in lines))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _short(seconds: float) -> str:

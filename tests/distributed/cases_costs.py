@@ -27,10 +27,10 @@ FULL = 2 * RANK + 16  # products after which the solver's basis has no row to sp
 
 
 def network() -> nn.Module:
-    """P = 9,668 in float64: every dimension a multiple of 4, so that all shards are equal."""
+    """P = 9,928 in float64: every dimension a multiple of 8, so that all shards are equal."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
-                         nn.Linear(64, 4)).double()  # fmt: skip
+                         nn.Linear(64, 8)).double()  # fmt: skip
 
 
 def wrapped(model: nn.Module, wrap: str) -> nn.Module:
@@ -46,9 +46,9 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int
 
 
 def share(rank: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's part of 30 samples, not the same number on 4 ranks, in batches of 5."""
+    """This rank's part of 30 samples, not the same number on 4 or 8 ranks, in batches of 5."""
     generator = torch.Generator().manual_seed(1)
-    inputs, labels = torch.randn(30, 16, generator=generator).double(), torch.arange(30) % 4
+    inputs, labels = torch.randn(30, 16, generator=generator).double(), torch.arange(30) % 8
     mine = torch.arange(30).tensor_split(ranks)[rank]
     return [(inputs[i], labels[i]) for i in mine.split(5)]
 

@@ -9,12 +9,14 @@ from tests.distributed import cases_costs
 from tests.ranks import run_ranks
 
 
-@pytest.fixture(scope="module")
-def costs():
-    """By number of ranks, then rank, then wrapping."""
+@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.long)])
+def costs(request):
+    """By number of ranks, then rank, then wrapping: of one process and of several."""
     (alone,) = cases_costs.check(["bare"]).values()
-    several = {ranks: run_ranks(cases_costs.check, ranks, wraps=["ddp", "fsdp2"]) for ranks in (2, 4)}
-    return {1: [{"ddp": alone, "fsdp2": alone}], **several}
+    return {
+        1: [{"ddp": alone, "fsdp2": alone}],
+        request.param: run_ranks(cases_costs.check, request.param, wraps=["ddp", "fsdp2"]),
+    }
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
@@ -34,13 +36,12 @@ def test_bytes_of_vectors_fall_with_the_number_of_ranks(costs, wrap):
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_two_large_collectives_a_product_and_three_small_ones_at_most(costs, wrap):
-    for ranks in (2, 4):
-        for result in (result[wrap] for result in costs[ranks]):
-            products = result["products"]
-            assert result["large"] == [["_allgather_base_", products], ["_reduce_scatter_base_", products]]
-            assert 1 <= result["small_an_iteration"] <= 3
-            claimed, seen = result["collectives"]
-            assert claimed == seen
+    for result in (result[wrap] for result in costs[max(costs)]):
+        products = result["products"]
+        assert result["large"] == [["_allgather_base_", products], ["_reduce_scatter_base_", products]]
+        assert 1 <= result["small_an_iteration"] <= 3
+        claimed, seen = result["collectives"]
+        assert claimed == seen
 
 
 def test_the_scale_model_counts_the_same(costs):
@@ -49,11 +50,11 @@ def test_the_scale_model_counts_the_same(costs):
     whole, _ = alone["fsdp2"]["sizes"]
     load = Load(
         parameters=1, trained=0, scope=whole, largest_unit=0, forward_flops=0.0, activation_numbers=0, mixed_precision=False,
-        optimizer_states=0, batch=1, images=1, tasks=1, top_k=cases_costs.RANK, samples=30, curved=1,
+        optimizer_states=0, batch=1, images=(1,), tasks=1, top_k=cases_costs.RANK, samples=30, curved=1,
     )  # fmt: skip
-    for ranks in (2, 4):
-        product = stages(load, Cluster(gpus=ranks, sharded=True))[1]
-        vectors = 2 * (product.memory_bytes - 4 * 2 * whole)
-        for result in costs[ranks]:
-            assert vectors == pytest.approx(result["fsdp2"]["solve"], abs=30_000)
-        assert product.bytes_sent == 2 * 4 * whole * (ranks - 1) // ranks
+    ranks = max(costs)
+    product = stages(load, Cluster(gpus=ranks, sharded=True))[1]
+    vectors = 2 * (product.memory_bytes - 4 * 2 * whole)
+    for result in costs[ranks]:
+        assert vectors == pytest.approx(result["fsdp2"]["solve"], abs=30_000)
+    assert product.bytes_sent == 2 * 4 * whole * (ranks - 1) // ranks

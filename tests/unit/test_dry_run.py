@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -30,6 +31,8 @@ def test_everything_is_there(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     shown = capsys.readouterr().out
     assert "at most 48 directions of 69,056 numbers" in shown  # what the basis takes
     assert "task3_digits  found  1,438  359  10 outputs  45 x 3 = 135" in shown
+    assert re.search(r"step +273 ", shown)  # as nostalgia.plan counts them: (23 + 23 + 45) x 3
+    assert "1 GPU on 1 node, DDP, 32 images a GPU: fits" in shown
     assert not (tmp_path / "runs").exists()
 
 

@@ -57,7 +57,7 @@ def test_a_run_s_load(method: str) -> None:
     complete_method(config)
     run = build_components(config, Accelerator(cpu=True), "32")
     load = load_of(run)
-    assert load.images == 2 * sum(len(task.train) for task in run.tasks)
+    assert sum(load.images) == 2 * sum(len(task.train) for task in run.tasks)
     assert load.scope == run.space.size
     assert (load.top_k > 0, load.factor_terms > 0) == {
         "nostalgia": (True, True), "kronecker": (False, True),

@@ -16,7 +16,7 @@ MEASURED = Path(__file__).parents[3] / "bench" / "results" / "step_vit_b_whole_g
 P = 85_798_656
 VIT_B = Load(
     parameters=P, trained=P, scope=P, largest_unit=7_087_872, forward_flops=35.126e9, activation_numbers=29_000_000,
-    mixed_precision=True, optimizer_states=2, batch=32, images=32_000, tasks=2, curved=1,
+    mixed_precision=True, optimizer_states=2, batch=32, images=(16_000, 16_000), tasks=2, curved=1,
 )  # fmt: skip
 # Of 12 layers: four weights of 768 x 768, two of 768 x 3,072.
 PENALTY = 12 * (4 * 2 * 768**2 * (2 * 768) + 2 * 2 * 768 * 3072 * (768 + 3072))
@@ -78,3 +78,11 @@ def test_it_says_what_does_not_fit() -> None:
         cluster = Cluster(memory=memory)
         console.print(table(VIT_B, cluster, stages(VIT_B, cluster)))
         assert words in console.export_text()
+
+
+def test_steps_are_those_of_the_loop() -> None:
+    """Each epoch ends with what is left of its images, and at the most steps that a run takes of it."""
+    load = replace(VIT_B, images=(100, 100, 33), batch=8)
+    assert load.passes(1) == 13 + 13 + 5
+    assert load.passes(4) == 4 + 4 + 2
+    assert replace(load, max_steps=2, accumulation=3).passes(1) == 6 + 6 + 5
