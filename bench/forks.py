@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nostalgia.sweep_runner import Job
 
-IMPORTED = ("nostalgia.experiment.program", "peft", "torchvision.transforms.v2", "transformers")
+IMPORTED = ("nostalgia.experiment.run", "peft", "torchvision.transforms.v2", "transformers")
 
 
 def run_missing(

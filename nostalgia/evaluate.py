@@ -11,7 +11,7 @@ from nostalgia import config as configuration
 from nostalgia import train
 from nostalgia.config import Config
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.plain.arguments import CommandParser
+from nostalgia.utils.arguments import CommandParser
 
 #: What may differ from the run: where data is and how it is read, never what is measured.
 ALLOWED = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.plain.arguments import CommandParser, ended
+from nostalgia.utils.arguments import CommandParser, ended
 
 if TYPE_CHECKING:
     from nostalgia.reporting.drawing import Drawn

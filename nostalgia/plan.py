@@ -10,8 +10,8 @@ from nostalgia import config as configuration
 from nostalgia import train
 from nostalgia.config import Config
 from nostalgia.errors import UsageError
-from nostalgia.plain.arguments import CommandParser
 from nostalgia.reporting.scale_model import Cluster
+from nostalgia.utils.arguments import CommandParser
 
 EPILOG = """examples:
   python -m nostalgia.plan --suite main --gpus 64 --nodes 8

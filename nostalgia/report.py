@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nostalgia.plain.arguments import CommandParser, ended
+from nostalgia.utils.arguments import CommandParser, ended
 
 EPILOG = """examples:
   python -m nostalgia.report runs/demo/latest                     writes runs/demo/latest/results/report.html

@@ -18,12 +18,12 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.methods.loading import method_class
-from nostalgia.plain.arguments import CommandParser, ended
-from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.results import RunResults, read_results
 from nostalgia.reporting.streams import make_console
 from nostalgia.sweep_runner import Job, Start, run_jobs, start_here
 from nostalgia.sweep_slurm import SlurmStarter, read_parameters
+from nostalgia.utils.arguments import CommandParser, ended
+from nostalgia.utils.yaml_files import read_yaml
 
 EXAMPLES = """examples:
   python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seeds 0,1,2

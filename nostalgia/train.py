@@ -45,9 +45,9 @@ def main(
         accelerator = make_accelerator(launch, precision, request.config.train.timeout_minutes)
         watch = FailureWatch(request.config.train.heartbeat_seconds)
         if run is None:
-            from nostalgia.experiment import program
+            from nostalgia.experiment import run as whole_run
 
-            run = program.run
+            run = whole_run.run
         run(request, accelerator, precision)
         watch.stop()
         accelerator.end_training()
@@ -66,7 +66,7 @@ def main(
 def _stop_on(error: Exception, watch: FailureWatch | None) -> None:
     """End with the line and the exit code of an error that is none of `nostalgia.errors`."""
     from nostalgia.parallel.exit_code import leave
-    from nostalgia.plain.tracebacks import own_frame
+    from nostalgia.utils.tracebacks import own_frame
 
     other = watch.other() if watch is not None and not isinstance(error, OSError) else None
     if other is not None:  # the echo of another rank's failure

@@ -18,7 +18,7 @@ import peft  # noqa: E402, F401
 import sklearn.datasets  # noqa: E402, F401
 import transformers  # noqa: E402
 
-import nostalgia.experiment.program  # noqa: E402, F401
+import nostalgia.experiment.run  # noqa: E402, F401
 
 _ = transformers.ViTModel, transformers.get_scheduler  # imported when they are first named
 gc.freeze()  # a collection in a forked process need not look at all that

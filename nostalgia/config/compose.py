@@ -24,7 +24,7 @@ from nostalgia.config.schema import Config
 from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.options import nearest
-from nostalgia.plain.arguments import CommandParser
+from nostalgia.utils.arguments import CommandParser
 
 GROUPS = ("dataset", "model", "method", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's

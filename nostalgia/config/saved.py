@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from nostalgia.errors import UsageError
-from nostalgia.plain.yaml_files import why_not_plain
+from nostalgia.utils.yaml_files import why_not_plain
 
 
 def load_saved(path: Path) -> Any:

@@ -24,7 +24,7 @@ from nostalgia.data.hub_columns import choose_columns, class_order, label_names
 from nostalgia.data.images import ImageDataset, Subset, common_white, decode
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.plain.caches import unwritable
+from nostalgia.utils.caches import unwritable
 
 VAL_SPLITS = ("validation", "valid", "val", "test")
 

@@ -17,7 +17,7 @@ from nostalgia.data.folders import scan
 from nostalgia.data.images import ArrayImages, FileImages, ImageDataset, Joined
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError
-from nostalgia.plain.caches import unwritable
+from nostalgia.utils.caches import unwritable
 
 Arguments = Mapping[str, Any]
 Splits = tuple[tuple[Arguments, ...], tuple[Arguments, ...]]  # (train, val), each read and joined

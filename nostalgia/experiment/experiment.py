@@ -17,7 +17,7 @@ from nostalgia.experiment.context import task_context
 from nostalgia.experiment.evaluation import Evaluator
 from nostalgia.experiment.outcome import make_log, run_results, say_outcome
 from nostalgia.experiment.phases import Phases
-from nostalgia.experiment.snapshot import Snapshot
+from nostalgia.experiment.run_checkpoint import RunCheckpoint
 from nostalgia.experiment.state import STAGES, RunState
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Experiment:
         schedule = Schedule.of(self.config)
         self.checkpoints = Checkpointer(folder, self.accelerator, schedule, self._contents, self._warn)
         self.initial = {k: v.detach().cpu().clone() for k, v in run.backbone.state_dict().items()}
-        self.snapshot = Snapshot(run, self.analysis, self.initial, folder)
+        self.run_checkpoint = RunCheckpoint(run, self.analysis, self.initial, folder)
         self.evaluator = Evaluator(run)
         self.rounds = [run.tasks] if run.method.joint else [[task] for task in run.tasks]
         self.phases = Phases(self)
@@ -49,7 +49,7 @@ class Experiment:
         self.resumed = resumed if resumed is not None and resumed.state is not None else None
         self._started = self._round_started = time.perf_counter()
         if self.resumed is not None:
-            self.state = self.snapshot.restore(self.resumed)
+            self.state = self.run_checkpoint.restore(self.resumed)
             self.log.step = self.state.step
 
     def run(self) -> RunResults:
@@ -184,16 +184,16 @@ class Experiment:
             saved.metrics = self.phases.observer.metrics
         if self._ending is not None:
             saved.between_overhead += time.perf_counter() - self._ending
-        contents = self.snapshot.take(kind, saved, self.phases.training, self.log.position())
+        contents = self.run_checkpoint.take(kind, saved, self.phases.training, self.log.position())
         contents.before = self.log.sync
         return contents
 
     def finish_resuming(self) -> None:
         """The last thing before a resumed run goes on: its random generators, which setting it up has used."""
         assert self.resumed is not None
-        self.snapshot.check_method(self.resumed.source)
-        self.snapshot.restore_random_state(self.resumed)
-        self.resumed = self.snapshot.method_state = None
+        self.run_checkpoint.check_method(self.resumed.source)
+        self.run_checkpoint.restore_random_state(self.resumed)
+        self.resumed = self.run_checkpoint.method_state = None
 
     def _elapsed(self) -> float:
         return self.state.elapsed + time.perf_counter() - self._started

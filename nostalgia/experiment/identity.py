@@ -14,7 +14,7 @@ from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components
 from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
-from nostalgia.plain.versions import versions
+from nostalgia.utils.versions import versions
 
 FORMAT = 3  # of a checkpoint's state
 

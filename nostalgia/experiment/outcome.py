@@ -13,11 +13,11 @@ from nostalgia.experiment.info import device_name
 from nostalgia.experiment.state import RunState
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.parallel.accelerator import strategy
-from nostalgia.plain.versions import versions
 from nostalgia.reporting.console import TaskOutcome, task_row
 from nostalgia.reporting.results import RunResults
 from nostalgia.reporting.run_log import RunLog
 from nostalgia.reporting.trackers import Warn
+from nostalgia.utils.versions import versions
 
 
 def make_log(run: Components, folder: Path, warn: Warn, position: dict[str, int] | None) -> RunLog:

@@ -135,7 +135,7 @@ class Phases:
         assert resumed.phase is not None
         training.restore(resumed.phase, resumed.source)
         if training.phase.method is experiment.c.method:
-            experiment.snapshot.load_method(resumed.source)
+            experiment.run_checkpoint.load_method(resumed.source)
         observer.metrics = experiment.state.metrics
         experiment.finish_resuming()
 

@@ -19,9 +19,9 @@ from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.methods.loading import method_class
 from nostalgia.parallel.coordination import from_main, on_main
-from nostalgia.plain.versions import versions
 from nostalgia.reporting.trackers import flatten
 from nostalgia.training.loop import SavedPhase
+from nostalgia.utils.versions import versions
 
 _lock: Any = None  # the open file: held as long as the process lives
 

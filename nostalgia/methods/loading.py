@@ -11,8 +11,8 @@ from typing import Any
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.options import nearest, read_options
-from nostalgia.plain.own_code import is_own, load_own
-from nostalgia.plain.tracebacks import last_frame
+from nostalgia.utils.own_code import is_own, load_own
+from nostalgia.utils.tracebacks import last_frame
 
 BUILT_IN: dict[str, str] = {
     "agem": "AGem",

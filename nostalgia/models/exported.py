@@ -20,7 +20,7 @@ from nostalgia.models.backbones import build_backbone
 from nostalgia.models.export import TORCHVISION_FILE, adapter_tensors
 from nostalgia.models.heads import load_heads
 from nostalgia.models.norm_statistics import load_statistics
-from nostalgia.plain.tensor_files import read_tensors
+from nostalgia.utils.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)

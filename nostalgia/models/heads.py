@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.models.seeding import seeded
-from nostalgia.plain.tensor_files import read_tensors
+from nostalgia.utils.tensor_files import read_tensors
 
 INITIAL_STD = 0.01
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.plain.caches import unwritable
+from nostalgia.utils.caches import unwritable
 
 SETTINGS = ("config.json", "preprocessor_config.json")
 #: File patterns of each format of weights, and its index where there are several files.

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
-from nostalgia.plain.tensor_files import read_tensors
+from nostalgia.utils.tensor_files import read_tensors
 
 POLICIES = ("per_task", "frozen", "shared")
 

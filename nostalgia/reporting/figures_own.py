@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nostalgia.errors import UsageError
-from nostalgia.plain.own_code import is_own, load_own
-from nostalgia.plain.tracebacks import last_frame
 from nostalgia.reporting.run_folder import RunFolder
+from nostalgia.utils.own_code import is_own, load_own
+from nostalgia.utils.tracebacks import last_frame
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, TypeGuard, TypeVar
 
 from nostalgia.errors import NotFoundError
 from nostalgia.evaluation import transfer
-from nostalgia.plain.yaml_files import read_yaml
 from nostalgia.reporting.csv_log import Record, read_log
 from nostalgia.reporting.files import is_number, read_json
 from nostalgia.reporting.results import MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
+from nostalgia.utils.yaml_files import read_yaml
 
 FORGETTING = "forgetting_prediction.json"
 FORGETTING_NUMBERS = ("measured", "predicted", "linear", "inside", "outside", "bound", "displacement")

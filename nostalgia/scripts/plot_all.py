@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nostalgia.errors import NotFoundError
 from nostalgia.figures import draw, say
-from nostalgia.plain.arguments import CommandParser, ended
+from nostalgia.utils.arguments import CommandParser, ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

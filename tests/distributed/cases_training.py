@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from nostalgia.config import parse
 from nostalgia.config.checks import check_launch
-from nostalgia.experiment import deliverables, program
+from nostalgia.experiment import deliverables
+from nostalgia.experiment import run as whole_run
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from nostalgia.parallel.coordination import from_main
@@ -52,7 +53,7 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)
         accelerator = make_accelerator(launch, precision)
         try:
-            path = program.run(request, accelerator, precision)
+            path = whole_run.run(request, accelerator, precision)
             left = left_behind(path) if accelerator.is_main_process else None
             return {"steps": steps, **from_main(accelerator, left)}
         finally:

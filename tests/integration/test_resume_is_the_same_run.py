@@ -13,7 +13,7 @@ from PIL import Image
 
 from nostalgia.config import parse
 from nostalgia.errors import NotFoundError, RunFailedError, UsageError
-from nostalgia.experiment import program
+from nostalgia.experiment import run as whole_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from tests.distributed.cases_training import forget_accelerate
@@ -28,7 +28,7 @@ class Broken(RunFailedError):
 def run(*words: str, precision: str = "32") -> None:
     request = parse([*words])
     try:
-        program.run(request, make_accelerator(launch_info("cpu"), precision), precision)
+        whole_run.run(request, make_accelerator(launch_info("cpu"), precision), precision)
     finally:
         forget_accelerate()
 

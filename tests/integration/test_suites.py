@@ -19,7 +19,7 @@ from nostalgia.config.compose import config_folder
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.models import build_backbone, load_heads
 from nostalgia.models.export import _save_backbone
-from nostalgia.plain.yaml_files import read_yaml
+from nostalgia.utils.yaml_files import read_yaml
 from tests.integration import many_runs
 from tests.integration.suite_data import LAYOUTS, classes, write
 from tests.ranks import run

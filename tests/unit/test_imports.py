@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nostalgia"
 TIERS = (
     ("errors",),
     ("options",),
-    ("plain",),
+    ("utils",),
     ("linalg", "config"),
     ("parallel",),
     ("data",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from nostalgia.reporting.scale_model import Cluster, Load, stages, table
 
-MEASURED = Path(__file__).parents[3] / "bench" / "results" / "step_vit_b_whole_gpu.json"
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
+MEASURED = RESULTS / "step_vit_b_whole_gpu.json"
 P = 85_798_656
 VIT_B = Load(
     parameters=P, trained=P, scope=P, largest_unit=7_087_872, forward_flops=35.126e9, activation_numbers=29_000_000,
@@ -86,3 +88,20 @@ def test_steps_are_those_of_the_loop() -> None:
     assert load.passes(1) == 13 + 13 + 5
     assert load.passes(4) == 4 + 4 + 2
     assert replace(load, max_steps=2, accumulation=3).passes(1) == 6 + 6 + 5
+
+
+@pytest.mark.parametrize("row", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_product_s_computing_is_shared_among_ranks(row: int, ranks: int) -> None:
+    """Processor time of gloo ranks on two cores, predicted from one process's to a fifth; graphs built anew, and kept."""
+    files = {
+        found["world_size"]: found for found in json.loads((RESULTS / "ranks_1_2_4_8.json").read_text())["products"]
+    }
+    numbers = files[1]["parameters"]
+    load = replace(VIT_B, scope=numbers, forward_flops=1e9, top_k=1, samples=256)
+    alone, several = (files[n]["rows"][row] for n in (1, ranks))
+    teraflops = stages(load, Cluster(teraflops=1.0))[1].compute_seconds / alone["seconds"]
+    product = stages(load, Cluster(gpus=ranks, teraflops=teraflops))[1]
+    assert product.seconds == pytest.approx(several["seconds"], rel=0.2)
+    assert several["collectives"] == [2, 0]
+    assert several["bytes"] == 2 * 4 * ranks * math.ceil(numbers / ranks)  # shards of equal size

@@ -13,7 +13,7 @@ from nostalgia.config import parse
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import build_components
 from nostalgia.experiment.resume import ResumedRun
-from nostalgia.experiment.snapshot import Snapshot
+from nostalgia.experiment.run_checkpoint import RunCheckpoint
 from nostalgia.experiment.state import RunState
 from nostalgia.methods import Method
 from nostalgia.models import norm_statistics
@@ -28,9 +28,9 @@ def test_stopped_while_an_earlier_task_is_evaluated_the_last_tasks_statistics_ar
     norm_statistics.apply(run.backbone, second)
     run.norm_statistics += [first, second]
     analysis = SimpleNamespace(state=dict)
-    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    checkpoint = RunCheckpoint(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
     with norm_statistics.using(run.backbone, first):
-        contents = snapshot.take("stopped", RunState(round=2, stage="evaluate"), None, {})
+        contents = checkpoint.take("stopped", RunState(round=2, stage="evaluate"), None, {})
     for name, value in second.items():
         assert torch.equal(contents.tensors[f"ranks/0/norm/{name}"], value), name
 
@@ -65,16 +65,16 @@ class WithoutLoading(Whole):
     ("kind", "names"), [(Whole, ""), (Ignoring, "start"), (Missing, "rate"), (WithoutLoading, "steps, start")]
 )
 def test_what_a_method_does_not_take_up_of_its_state_is_refused_by_name(kind: type[Method], names: str) -> None:
-    words = ["dataset=digits", "model=vit_tiny", f"method=tests.unit.test_snapshot:{kind.__name__}"]
+    words = ["dataset=digits", "model=vit_tiny", f"method=tests.unit.test_run_checkpoint:{kind.__name__}"]
     run = build_components(parse(words).config, Accelerator(cpu=True), "32")
     analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
-    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
-    taken = snapshot.take("stopped", RunState(), None, {})
+    checkpoint = RunCheckpoint(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    taken = checkpoint.take("stopped", RunState(), None, {})
     resumed = ResumedRun(Path(), source="a checkpoint", state=taken.state, values=taken.tensors)
 
     def go_on() -> None:
-        snapshot.restore(resumed)
-        snapshot.check_method(resumed.source)
+        checkpoint.restore(resumed)
+        checkpoint.check_method(resumed.source)
 
     if not names:
         go_on()
@@ -103,12 +103,12 @@ def test_what_another_number_of_ranks_changes_is_said(
 ) -> None:
     run = build_components(parse([*words, "method=finetune"]).config, Accelerator(cpu=True), "32")
     analysis = SimpleNamespace(state=dict, load_state=lambda state: None)
-    snapshot = Snapshot(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
-    taken = snapshot.take("stopped", RunState(), None, {})
+    checkpoint = RunCheckpoint(run, analysis, run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    taken = checkpoint.take("stopped", RunState(), None, {})
     own = {name: value for name, value in taken.tensors.items() if name.startswith("ranks/0")}
     taken.tensors.update({name.replace("ranks/0", "ranks/1", 1): value for name, value in own.items()})
     for ranks in (1, 2):
         state = {**taken.state, "ranks": taken.state["ranks"] * ranks}
-        snapshot.restore(ResumedRun(Path(), source="a checkpoint", state=state, values=taken.tensors))
+        checkpoint.restore(ResumedRun(Path(), source="a checkpoint", state=state, values=taken.tensors))
         found = capsys.readouterr().out
         assert found == "" if ranks == 1 or not said else f"was on 2 ranks, it goes on with 1: {said}" in found

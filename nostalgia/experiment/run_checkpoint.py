@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nostalgia.experiment.resume import ResumedRun
 
 
-class Snapshot:
+class RunCheckpoint:
     """Makes the contents of a checkpoint from a run's state, and restores a run from them.
 
     Of the backbone only what changes is kept: the rest is built anew from the same weights, which `RunIdentity` makes

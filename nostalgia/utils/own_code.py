@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.plain.tracebacks import last_frame
+from nostalgia.utils.tracebacks import last_frame
 
 WORD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Name
 
