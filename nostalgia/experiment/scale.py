@@ -108,8 +108,11 @@ def forward_cost(backbone: Backbone, size: int) -> tuple[float, int]:
 
     first = next(backbone.parameters())
     images = torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device)
-    was_training = backbone.training
+    was_training, fast = backbone.training, torch.backends.mha.get_fastpath_enabled()
     backbone.eval()  # batch norm takes one image, and dropout keeps little
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # one operator for all of nn.MultiheadAttention, which is not counted
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             backbone(images)  # as products of matrices: not every kernel of attention is counted
@@ -117,6 +120,7 @@ def forward_cost(backbone: Backbone, size: int) -> tuple[float, int]:
             backbone(images)
     finally:
         backbone.train(was_training)
+        torch.backends.mha.set_fastpath_enabled(fast)
     return float(counter.get_total_flops()), sum(seen.values())
 
 

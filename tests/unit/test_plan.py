@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from nostalgia import plan
 from nostalgia.config import parse
@@ -34,6 +35,19 @@ def test_operations_are_those_of_the_matrices() -> None:
     assert flops == LAYERS * layer + 2 * patches * WIDTH * 3 * PATCH**2
     inputs = LAYERS * tokens * (6 * WIDTH + INNER)  # at least: of q, k, v; of the projections; of both layers within
     assert inputs <= kept <= 5 * inputs
+
+
+def test_operations_of_torch_s_own_attention_are_counted() -> None:
+    """Torchvision's ViT has it: in evaluation mode one fused operator, of which nothing is known from outside."""
+
+    class Attention(nn.MultiheadAttention):
+        def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+            tokens = images.flatten(2).transpose(1, 2).repeat(1, 1, WIDTH)[..., :WIDTH]
+            return super().forward(tokens, tokens, tokens, need_weights=False)[0]
+
+    tokens = SIDE**2
+    flops, _ = forward_cost(Attention(WIDTH, 2, batch_first=True), SIDE)  # type: ignore[arg-type]
+    assert flops == 2 * tokens * 4 * WIDTH**2 + 4 * tokens**2 * WIDTH
 
 
 def test_factors_are_those_of_the_layers_in_scope() -> None:
