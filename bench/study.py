@@ -265,8 +265,8 @@ def overview(found: dict[str, Any]) -> str:
 def _row(arm: str, candidate: Candidate, runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> str:
     def mean(key: str) -> str:
         values = [run[key] for run in runs]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return f"{statistics.mean(values):.3f} ± {error:.3f}"
+        spread = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}"
 
     left = 100 * sum(run["bwt"] for run in runs) / sum(run["bwt"] for run in plain)
     extra = statistics.mean(sum(run["overhead_seconds"].values()) for run in runs)

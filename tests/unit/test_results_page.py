@@ -28,9 +28,9 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
 
 
 def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
-    found = [study(name) for name in ("study", "study_variants", "study_four_seeds", "study_resnet")]
+    found = [study(name) for name in ("study", "study_variants", "study_four_seeds", "study_resnet", "study_cpu")]
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 461
+    assert len(runs) == 472
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -109,3 +109,12 @@ def test_the_rows_of_the_resnet_are_its_runs() -> None:
         )
     for run in found["choice"]:
         assert f"{run['acc']:.3f} | {run['bwt']:.3f} | {run['learning_accuracy']:.3f}" in page
+
+
+def test_the_rows_of_the_seeds_run_on_a_cpu_are_its_runs() -> None:
+    page, found = (DOCS / "results.md").read_text(), study("study_cpu")
+    assert found["chosen"] == {arm: study("study")["chosen"][arm] for arm in found["chosen"]}
+    assert len(found["runs"]) == 11
+    for run in found["runs"]:
+        figures = " | ".join(f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy"))
+        assert f"| {run['stream']} | {run['seed']} | {run['arm']} | {figures} |" in page
