@@ -22,7 +22,7 @@ from nostalgia.config import Config, Request
 from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, build_components
-from nostalgia.experiment.scale import load_of
+from nostalgia.experiment.scale import load_of, uncounted
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
 from nostalgia.parallel.coordination import agree
 from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
@@ -56,9 +56,11 @@ def dry_run(
     except NotFoundError as error:
         no_weights = str(error)
     console.print(_steps_table(config, found, accelerator.num_processes))
+    notes = data_notes(tasks)
     if plan is not None:
         console.print(plan)
-    for line in data_notes(tasks):
+        notes = [*uncounted(found), *notes]
+    for line in notes:
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     missing: dict[str, list[str]] = {}  # why -> tasks
     for one in found:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nostalgia.config import Config
-from nostalgia.data.tasks import Missing, find_tasks
+from nostalgia.data.tasks import Missing, Task, find_tasks
 from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
@@ -35,10 +35,14 @@ def plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: 
     load = load_of(run)
     console = make_console()
     console.print(table(load, cluster, stages(load, cluster)))
+    for line in uncounted(found):
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def uncounted(found: Sequence[Task | Missing]) -> list[str]:
+    """A line that names the tasks whose steps a plan cannot count; none where there are none."""
     missing = [one.name for one in found if isinstance(one, Missing)]
-    if missing:
-        line = f"note: steps without those of {', '.join(missing)}, whose data is not on this machine"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return [f"steps without those of {', '.join(missing)}, whose data is not on this machine"] if missing else []
 
 
 def load_of(run: Components) -> Load:

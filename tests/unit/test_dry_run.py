@@ -46,6 +46,7 @@ def test_all_tasks_are_listed_where_some_are_missing(capsys: pytest.CaptureFixtu
     assert shown.count("dataset cub200 was not found") == 1  # once for both tasks
     assert f"unpack CUB_200_2011.tgz of data.caltech.edu/records/65de6-vp158 under {tmp_path}" in shown
     assert "it goes on with the head of task4_mnist" in shown
+    assert "note: steps without those of task2_cub200," in shown  # in the plan
     assert "a dry run makes none; the run itself would try" in shown
     assert "at most 64 directions of 69,056 numbers" in shown  # of all tasks, k_max = 4 x 128
     assert list(tmp_path.iterdir()) == []
