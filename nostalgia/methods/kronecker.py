@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.data.stream import Batch
 from nostalgia.methods.base import Method, TaskContext
 from nostalgia.methods.distillation import Distillation, has_earlier_heads
+from nostalgia.methods.path import PATH_HELP, PathStep, check_path
 from nostalgia.methods.tail import TailOptions, make_tail
 from nostalgia.models.objective import Output
 from nostalgia.options import option
@@ -28,6 +30,7 @@ class KroneckerConfig:
     )
     anchor: float = option(0.0, "Strength of the distillation of earlier tasks' outputs; 0: none.", low=0)
     anchor_temperature: float = option(2.0, "Of the distillation's softmaxes.", above=0)
+    path: float | str = option(1.0, PATH_HELP, above=0, high=1)
 
 
 class Kronecker(Method):
@@ -48,12 +51,17 @@ class Kronecker(Method):
         super().__init__(config, seed)
         options = ("strength", "num_samples", "draws", "temperature", "budget_bytes")
         self.tail = make_tail(TailOptions(**{name: getattr(config, name) for name in options}))
+        self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.distillation: Distillation | None = None
+
+    def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
+        check_path(self.config.path, self.tail)
 
     def begin_task(self, task: TaskContext) -> None:
         if self.tail is not None:
             self.tail.begin(task)
+        self.path.begin(task)
         self.distillation = None
         if self.all_heads and has_earlier_heads(task.model):
             self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
@@ -70,6 +78,7 @@ class Kronecker(Method):
 
     def end_task(self, task: TaskContext) -> None:
         self.distillation = None
+        self.path.end(task, self.config.num_samples, self.tail)
         if self.tail is not None and task.wants_curvature:
             self.tail.end(task)
 
@@ -80,16 +89,19 @@ class Kronecker(Method):
         return None if self.tail is None else self.tail.factors
 
     def note(self) -> str:
-        return "" if self.tail is None else self.tail.note
+        notes = (self.path.note, "" if self.tail is None else self.tail.note)
+        return "; ".join(note for note in notes if note)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "tail": None if self.tail is None else self.tail.state_dict(),
+            "path": self.path.state_dict(),
             "teacher": None if self.distillation is None else self.distillation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self.tail is not None:
             self.tail.load_state_dict(state["tail"])
+        self.path.load_state_dict(state["path"])
         if self.distillation is not None and state["teacher"] is not None:
             self.distillation.load_state_dict(state["teacher"])

@@ -20,6 +20,7 @@ from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.distillation import Distillation, has_earlier_heads
 from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
+from nostalgia.methods.path import PATH_HELP, PathStep, check_path
 from nostalgia.methods.tail import TAILS, KroneckerTail, TailOptions, make_tail
 from nostalgia.models.objective import Output
 from nostalgia.options import option
@@ -61,6 +62,7 @@ class NostalgiaConfig(EigenspaceConfig):
     )
     anchor: float = option(0.0, "Strength of the distillation of earlier tasks' outputs (lwf's term); 0: none.", low=0)
     anchor_temperature: float = option(2.0, "Of the distillation's softmaxes.", above=0)
+    path: float | str = option(1.0, PATH_HELP, above=0, high=1)
 
 
 class Nostalgia(Method):
@@ -86,6 +88,7 @@ class Nostalgia(Method):
                 config.tail_budget_bytes,
             )
         )
+        self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"
         self.prefers_merged_adapters = isinstance(self.tail, KroneckerTail)
@@ -95,6 +98,7 @@ class Nostalgia(Method):
 
     def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
         check_eigensolve(self.config.top_k, curvature)
+        check_path(self.config.path, self.tail)
         start = self.config.projection_start_task
         if start > max(num_tasks, 2):
             raise UsageError(
@@ -110,6 +114,7 @@ class Nostalgia(Method):
             self.projector = GradientProjector(self.eigenspace.memory, task.parameters, self.config.metric_every)
         if self.tail is not None:
             self.tail.begin(task)
+        self.path.begin(task)
         self.distillation = None
         if self.all_heads and has_earlier_heads(task.model):
             self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
@@ -135,6 +140,7 @@ class Nostalgia(Method):
 
     def end_task(self, task: TaskContext) -> None:
         self.projector = self.distillation = None  # a checkpoint within the solve has no use for them
+        self.path.end(task, self.config.tail_samples, self.tail)
         if not task.wants_curvature:
             return
         self.eigenspace.end(task)
@@ -170,7 +176,7 @@ class Nostalgia(Method):
         return self.eigenspace.report()
 
     def note(self) -> str:
-        notes = (self.eigenspace.note(), "" if self.tail is None else self.tail.note)
+        notes = (self.path.note, self.eigenspace.note(), "" if self.tail is None else self.tail.note)
         return "; ".join(note for note in notes if note)
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +185,7 @@ class Nostalgia(Method):
             "num_tasks": self.num_tasks,
             "projector": None if self.projector is None else self.projector.state(),
             "tail": None if self.tail is None else self.tail.state_dict(),
+            "path": self.path.state_dict(),
             "teacher": None if self.distillation is None else self.distillation.state_dict(),
         }
 
@@ -189,5 +196,6 @@ class Nostalgia(Method):
             self.projector.load_state(state["projector"])
         if self.tail is not None and state["tail"] is not None:
             self.tail.load_state_dict(state["tail"])
+        self.path.load_state_dict(state["path"])
         if self.distillation is not None and state["teacher"] is not None:
             self.distillation.load_state_dict(state["teacher"])

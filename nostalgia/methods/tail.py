@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nostalgia.curvature.fisher import diagonal_fisher
 from nostalgia.curvature.kronecker import KroneckerFactors, kronecker_factors
@@ -71,6 +71,12 @@ class KroneckerTail:
         if update.merged:
             self.note = f"factors of {update.tasks} tasks are merged into one pair a layer, {update.error:.1%} off"
 
+    def increase(self, task: TaskContext) -> Tensor:
+        """The form (0-dim) at the parameters as they stand, of strength 1: earlier tasks' predicted increase of loss."""
+        if not self.memory.tasks:
+            return torch.zeros(())
+        return self.memory.penalty(scope_with_frozen_factors(task)).detach() / self.options.strength
+
     def bytes(self) -> int:
         return world_size() * self.memory.num_bytes
 
@@ -107,6 +113,10 @@ class QuadraticTail:
             weights = torch.full_like(weights, float(total) / task.space.size)
         before = self.penalty.weights
         self.penalty.set(task, weights if before is None else before + weights)
+
+    def increase(self, task: TaskContext) -> Tensor:
+        """1/2 sum_i w_i (theta_i - theta*_i)^2 (0-dim) at the parameters as they stand."""
+        return self.penalty.value(task)
 
     def bytes(self) -> int:
         return self.penalty.bytes(world_size())

@@ -76,6 +76,18 @@ class QuadraticPenalty:
             change.mul_(self.weights)
         add_to(gradients_of(task), change.mul_(strength))
 
+    @torch.no_grad()
+    def value(self, task: TaskContext) -> Tensor:
+        """Of strength 1 (0-dim), where parameters are whole on every rank; 0 without a center."""
+        if self.center is None:
+            return torch.zeros(())
+        assert self.space is not None
+        rows = [self.center] if self.weights is None else [self.center, self.weights]
+        center, *weights = Block(torch.stack(rows), self.space).to(task.space)
+        square = task.space.take(p.detach() for p in task.parameters.values()).sub_(center).square_()
+        own = square.mul_(weights[0]) if weights else square
+        return 0.5 * task.space.all_reduce(own.double().sum()[None])[0]
+
     def bytes(self, world_size: int) -> int:
         """Over all ranks."""
         if self.center is None or self.space is None:

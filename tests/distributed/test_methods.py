@@ -48,6 +48,10 @@ CASES["kronecker frozen lora"] = [
     "analysis.predict_forgetting=auto",
 ]
 CASES["kronecker kept lora"] = [*CASES["kronecker lora"], "model.lora.merge=never"]
+CASES["path lora"] = [*CASES["kronecker lora"], "method.path=auto"]
+CASES["diagonal path"] = [
+    "method=nostalgia", "method.top_k=3", "method.tail=diagonal", "method.project=soft", "method.path=0.5",
+]  # fmt: skip
 CASES["diagonal"] = ["method=nostalgia", "method.top_k=3", "method.tail=diagonal", "method.project=soft"]
 CASES["isotropic"] = ["method=nostalgia", "method.top_k=3", "method.tail=isotropic", "method.merge=ema"]
 CASES["shared head"] = [
