@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from nostalgia.config.aliases import EVERY_METHOD
@@ -53,21 +53,8 @@ def merges_adapters(config: Config, method: Method) -> bool:
 
 
 def curvature_options(config: Config) -> CurvatureOptions:
-    options = config.curvature
-    return CurvatureOptions(
-        kind=options.kind,
-        solver=options.solver,
-        rows_per_sample=options.rows_per_sample,
-        rows_budget_bytes=options.rows_budget_bytes,
-        last_task=options.last_task,
-        hvp=options.hvp,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        retain_graph={"true": True, "false": False}.get(options.retain_graph, "auto"),
-        compile=options.compile,
-        tol=options.tol,
-        max_products=options.max_products,
-        max_basis=options.max_basis,
-        seed=config.experiment.seed,
-    )
+    """The options of ``curvature`` that say how it is measured, and the run's seed."""
+    shared = {item.name for item in fields(CurvatureOptions)} & {item.name for item in fields(config.curvature)}
+    given = {name: getattr(config.curvature, name) for name in shared}
+    given["retain_graph"] = {"true": True, "false": False}.get(given["retain_graph"], "auto")
+    return CurvatureOptions(**given, seed=config.experiment.seed)

@@ -12,7 +12,7 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.data.stream import Batch
 from nostalgia.methods.base import Method, TaskContext
-from nostalgia.methods.distillation import Distillation, has_earlier_heads
+from nostalgia.methods.distillation import Distillation
 from nostalgia.methods.path import PATH_HELP, PathStep, check_path
 from nostalgia.methods.tail import TailOptions, make_tail
 from nostalgia.models.objective import Output
@@ -53,55 +53,47 @@ class Kronecker(Method):
         self.tail = make_tail(TailOptions(**{name: getattr(config, name) for name in options}))
         self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
-        self.distillation: Distillation | None = None
+        self.distillation = Distillation(config.anchor, config.anchor_temperature)
 
     def check(self, num_tasks: int, curvature: CurvatureOptions) -> None:
         check_path(self.config.path, self.tail)
 
     def begin_task(self, task: TaskContext) -> None:
-        if self.tail is not None:
-            self.tail.begin(task)
+        self.tail.begin(task)
         self.path.begin(task)
-        self.distillation = None
-        if self.all_heads and has_earlier_heads(task.model):
-            self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
+        self.distillation.begin(task)
 
     def loss(self, model: nn.Module, batch: Batch) -> Output:
         output = super().loss(model, batch)
-        if self.distillation is not None:
-            self.distillation.add(output, batch)
+        self.distillation.add(output, batch)
         return output
 
     def gradients(self) -> None:
-        if self.tail is not None:
-            self.tail.add_gradients(self.task)
+        self.tail.add_gradients(self.task)
 
     def end_task(self, task: TaskContext) -> None:
-        self.distillation = None
+        self.distillation.end()
         self.path.end(task, self.config.num_samples, self.tail)
-        if self.tail is not None and task.wants_curvature:
+        if task.wants_curvature:
             self.tail.end(task)
 
     def bytes_remembered(self) -> int:
-        return 0 if self.tail is None else self.tail.bytes()
+        return self.tail.bytes()
 
     def factors(self) -> KroneckerFactors | None:
-        return None if self.tail is None else self.tail.factors
+        return self.tail.factors
 
     def note(self) -> str:
-        notes = (self.path.note, "" if self.tail is None else self.tail.note)
-        return "; ".join(note for note in notes if note)
+        return "; ".join(note for note in (self.path.note, self.tail.note) if note)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "tail": None if self.tail is None else self.tail.state_dict(),
+            "tail": self.tail.state_dict(),
             "path": self.path.state_dict(),
-            "teacher": None if self.distillation is None else self.distillation.state_dict(),
+            "teacher": self.distillation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.tail is not None:
-            self.tail.load_state_dict(state["tail"])
+        self.tail.load_state_dict(state["tail"])
         self.path.load_state_dict(state["path"])
-        if self.distillation is not None and state["teacher"] is not None:
-            self.distillation.load_state_dict(state["teacher"])
+        self.distillation.load_state_dict(state["teacher"])

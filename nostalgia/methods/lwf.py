@@ -10,7 +10,7 @@ from torch import nn
 
 from nostalgia.data.stream import Batch
 from nostalgia.methods.base import Method, TaskContext
-from nostalgia.methods.distillation import Distillation, has_earlier_heads
+from nostalgia.methods.distillation import Distillation
 from nostalgia.models.objective import Output
 from nostalgia.options import option
 
@@ -35,25 +35,21 @@ class Lwf(Method):
     def __init__(self, config: LwfConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
         self.all_heads = config.strength > 0
-        self.distillation: Distillation | None = None
+        self.distillation = Distillation(config.strength, config.temperature)
 
     def begin_task(self, task: TaskContext) -> None:
-        self.distillation = None
-        if self.all_heads and has_earlier_heads(task.model):
-            self.distillation = Distillation(task, self.config.temperature, self.config.strength)
+        self.distillation.begin(task)
 
     def loss(self, model: nn.Module, batch: Batch) -> Output:
         output = super().loss(model, batch)
-        if self.distillation is not None:
-            self.distillation.add(output, batch)
+        self.distillation.add(output, batch)
         return output
 
     def end_task(self, task: TaskContext) -> None:
-        self.distillation = None
+        self.distillation.end()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.distillation is None else {"teacher": self.distillation.state_dict()}
+        return {"teacher": self.distillation.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.distillation is not None and "teacher" in state:
-            self.distillation.load_state_dict(state["teacher"])
+        self.distillation.load_state_dict(state["teacher"])

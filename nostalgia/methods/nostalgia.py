@@ -17,7 +17,7 @@ from nostalgia.errors import UsageError
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
-from nostalgia.methods.distillation import Distillation, has_earlier_heads
+from nostalgia.methods.distillation import Distillation
 from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 from nostalgia.methods.path import PATH_HELP, PathStep, check_path
@@ -92,7 +92,7 @@ class Nostalgia(Method):
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"
         self.prefers_merged_adapters = isinstance(self.tail, KroneckerTail)
-        self.distillation: Distillation | None = None
+        self.distillation = Distillation(config.anchor, config.anchor_temperature)
         self.num_tasks = 1
         self._fraction: Tensor | None = None
 
@@ -112,22 +112,17 @@ class Nostalgia(Method):
         self.projector, self._fraction = None, None
         if task.index >= self.config.projection_start_task and self.eigenspace.memory.basis is not None:
             self.projector = GradientProjector(self.eigenspace.memory, task.parameters, self.config.metric_every)
-        if self.tail is not None:
-            self.tail.begin(task)
+        self.tail.begin(task)
         self.path.begin(task)
-        self.distillation = None
-        if self.all_heads and has_earlier_heads(task.model):
-            self.distillation = Distillation(task, self.config.anchor_temperature, self.config.anchor)
+        self.distillation.begin(task)
 
     def loss(self, model: nn.Module, batch: Batch) -> Output:
         output = super().loss(model, batch)
-        if self.distillation is not None:
-            self.distillation.add(output, batch)
+        self.distillation.add(output, batch)
         return output
 
     def gradients(self) -> None:
-        if self.tail is not None:
-            self.tail.add_gradients(self.task)  # what of it lies in the memory's span is projected out with the rest
+        self.tail.add_gradients(self.task)  # what of it lies in the memory's span is projected out with the rest
         if self.projector is not None:
             soft = self.config.project == "soft"
             self._fraction = self.projector.project_soft() if soft else self.projector.project_gradients()
@@ -139,13 +134,13 @@ class Nostalgia(Method):
             self.projector.step(optimizer, self.config.project)
 
     def end_task(self, task: TaskContext) -> None:
-        self.projector = self.distillation = None  # a checkpoint within the solve has no use for them
+        self.projector = None  # a checkpoint within the solve has no use for it
+        self.distillation.end()
         self.path.end(task, self.config.tail_samples, self.tail)
         if not task.wants_curvature:
             return
         self.eigenspace.end(task)
-        if self.tail is not None:
-            self.tail.end(task)
+        self.tail.end(task)
 
     def metrics(self) -> dict[str, float]:
         if self.projector is None:
@@ -158,7 +153,7 @@ class Nostalgia(Method):
         return self.eigenspace.plan(space, num_tasks)
 
     def bytes_remembered(self) -> int:
-        return self.eigenspace.bytes_remembered() + (0 if self.tail is None else self.tail.bytes())
+        return self.eigenspace.bytes_remembered() + self.tail.bytes()
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         memory = self.eigenspace.made
@@ -170,13 +165,13 @@ class Nostalgia(Method):
         return self.eigenspace.pairs
 
     def factors(self) -> KroneckerFactors | None:
-        return None if self.tail is None else self.tail.factors
+        return self.tail.factors
 
     def report(self) -> dict[str, Any]:
         return self.eigenspace.report()
 
     def note(self) -> str:
-        notes = (self.path.note, self.eigenspace.note(), "" if self.tail is None else self.tail.note)
+        notes = (self.path.note, self.eigenspace.note(), self.tail.note)
         return "; ".join(note for note in notes if note)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,9 +179,9 @@ class Nostalgia(Method):
             **self.eigenspace.state_dict(self.task),
             "num_tasks": self.num_tasks,
             "projector": None if self.projector is None else self.projector.state(),
-            "tail": None if self.tail is None else self.tail.state_dict(),
+            "tail": self.tail.state_dict(),
             "path": self.path.state_dict(),
-            "teacher": None if self.distillation is None else self.distillation.state_dict(),
+            "teacher": self.distillation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,8 +189,6 @@ class Nostalgia(Method):
         self.eigenspace.load_state_dict(state, self.num_tasks)
         if self.projector is not None and state["projector"] is not None:
             self.projector.load_state(state["projector"])
-        if self.tail is not None and state["tail"] is not None:
-            self.tail.load_state_dict(state["tail"])
+        self.tail.load_state_dict(state["tail"])
         self.path.load_state_dict(state["path"])
-        if self.distillation is not None and state["teacher"] is not None:
-            self.distillation.load_state_dict(state["teacher"])
+        self.distillation.load_state_dict(state["teacher"])

@@ -48,7 +48,7 @@ class PathStep:
             self.start = Block(space.take(p.detach() for p in task.parameters.values())[None], space)
 
     @torch.no_grad()
-    def end(self, task: TaskContext, num_samples: int, tail: Tail | None) -> None:
+    def end(self, task: TaskContext, num_samples: int, tail: Tail) -> None:
         """Shorten the way: once, also where a run resumes after it. ``auto`` needs a tail. A collective."""
         if self.start is None or self.share is not None:
             return
@@ -64,7 +64,6 @@ class PathStep:
         if isinstance(self.path, float):
             share, fit = self.path, at(self.path)
         else:
-            assert tail is not None
             share, fit = 1.0, at(1.0)
             least = fit.loss + float(tail.increase(task))
             for shorter in SHARES[1:]:
@@ -157,9 +156,9 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def check_path(path: float | str, tail: Tail | None) -> None:
+def check_path(path: float | str, tail: Tail) -> None:
     """Raise UsageError for method.path=auto without a tail, which predicts what a length costs earlier tasks."""
-    if path == "auto" and tail is None:
+    if path == "auto" and type(tail) is Tail:
         raise UsageError(
             "method.path=auto weighs the predicted increase of earlier tasks' losses, and without a tail nothing predicts it: "
             "give the penalty a strength above 0 (method=nostalgia: method.tail=kronecker), or method.path a number up to 1"

@@ -34,14 +34,43 @@ class TailOptions:
     budget_bytes: int | None = None
 
 
-class KroneckerTail:
+class Tail:
+    """No tail: what a method has for `none`, and the hooks of the others."""
+
+    options: TailOptions
+    factors: KroneckerFactors | None = None  # of the task that has just ended
+    note = ""  # one line on what the task's end did
+
+    def begin(self, task: TaskContext) -> None:
+        """Before the first step of a task."""
+
+    def add_gradients(self, task: TaskContext) -> None:
+        """Add the penalty's gradient to those of the parameters in scope."""
+
+    def end(self, task: TaskContext) -> None:
+        """Take in a finished task."""
+
+    def increase(self, task: TaskContext) -> Tensor:
+        """The form (0-dim) at the parameters as they stand, of strength 1: earlier tasks' predicted increase of loss."""
+        return torch.zeros(())
+
+    def bytes(self) -> int:
+        """What is kept between tasks, over all ranks."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+class KroneckerTail(Tail):
     """strength/2 sum_t sum_l tr(G_tl D_l A_tl D_l^T): `KroneckerMemory`, filled when tasks end."""
 
     def __init__(self, options: TailOptions) -> None:
         self.options = options
         self.memory = KroneckerMemory(options.strength, options.budget_bytes)
-        self.factors: KroneckerFactors | None = None  # of the task that has just ended
-        self.note = ""
 
     def begin(self, task: TaskContext) -> None:
         """Each task begins at the reference point; adapters merged since then count as begun anew."""
@@ -72,7 +101,6 @@ class KroneckerTail:
             self.note = f"factors of {update.tasks} tasks are merged into one pair a layer, {update.error:.1%} off"
 
     def increase(self, task: TaskContext) -> Tensor:
-        """The form (0-dim) at the parameters as they stand, of strength 1: earlier tasks' predicted increase of loss."""
         if not self.memory.tasks:
             return torch.zeros(())
         return self.memory.penalty(scope_with_frozen_factors(task)).detach() / self.options.strength
@@ -87,13 +115,12 @@ class KroneckerTail:
         self.memory.load_state_dict(state)
 
 
-class QuadraticTail:
+class QuadraticTail(Tail):
     """strength/2 sum_i w_i (theta_i - theta*_i)^2 around the latest task's end: w the diagonal of all tasks' Fisher
     matrices, or its mean in every direction (isotropic)."""
 
     def __init__(self, options: TailOptions) -> None:
-        self.options, self.penalty, self.note = options, QuadraticPenalty(), ""
-        self.factors: KroneckerFactors | None = None
+        self.options, self.penalty = options, QuadraticPenalty()
 
     def begin(self, task: TaskContext) -> None:
         if self.penalty.center is not None:
@@ -115,7 +142,6 @@ class QuadraticTail:
         self.penalty.set(task, weights if before is None else before + weights)
 
     def increase(self, task: TaskContext) -> Tensor:
-        """1/2 sum_i w_i (theta_i - theta*_i)^2 (0-dim) at the parameters as they stand."""
         return self.penalty.value(task)
 
     def bytes(self) -> int:
@@ -128,15 +154,12 @@ class QuadraticTail:
         self.penalty.load_state_dict(state)
 
 
-Tail = KroneckerTail | QuadraticTail
-
-
-def make_tail(options: TailOptions) -> Tail | None:
-    """The tail of ``options.kind``; None for ``none`` and for strength 0."""
+def make_tail(options: TailOptions) -> Tail:
+    """The tail of ``options.kind``; that of ``none`` for strength 0 too."""
     if options.kind not in TAILS:
         raise UsageError(f"method.tail={options.kind}: allowed are {', '.join(TAILS)}")
     if options.kind == "none" or options.strength == 0:
-        return None
+        return Tail()
     return KroneckerTail(options) if options.kind == "kronecker" else QuadraticTail(options)
 
 

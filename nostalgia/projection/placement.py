@@ -10,6 +10,7 @@ import torch
 
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.utils.sizes import num_bytes
 
 PLACEMENTS = ("auto", "replicated", "sharded")
 # Where the user sets no budget, `auto` keeps the basis on every rank up to this share of the device's memory.
@@ -55,7 +56,7 @@ def place_basis(
     budget = default_budget(space.device) if budget_bytes is None else budget_bytes
     votes = space.all_reduce(torch.tensor([float(whole <= budget)], dtype=torch.float64, device=space.device))
     fits = int(votes) == space.world_size
-    reason = f"auto: {_bytes(whole)} whole, allowed {_bytes(budget)} a rank"
+    reason = f"auto: {num_bytes(whole)} whole, allowed {num_bytes(budget)} a rank"
     if not fits and whole <= budget:
         reason += ", less on another"
     return BasisPlacement("replicated" if fits else "sharded", reason)
@@ -68,10 +69,3 @@ def default_budget(device: torch.device) -> float:
         here = -(-ranks // torch.cuda.device_count())
         return BUDGET_SHARE * torch.cuda.get_device_properties(device).total_memory / here
     return BUDGET_SHARE * psutil.virtual_memory().total / ranks
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 2**10:.3g} KiB"

@@ -22,6 +22,7 @@ from rich.text import Text
 from nostalgia.evaluation import transfer
 from nostalgia.reporting.progress import duration
 from nostalgia.reporting.results import METRICS, RunResults
+from nostalgia.utils.sizes import num_bytes
 
 METRIC_TITLES = {
     "acc": "average accuracy",
@@ -212,15 +213,6 @@ def count(value: int) -> str:
             scaled = value / unit
             return f"{scaled:.0f}{name}" if scaled >= 100 else f"{scaled:.3g}{name}"
     return str(value)
-
-
-def num_bytes(value: float) -> str:
-    """``580 MiB``, ``10.2 GiB``."""
-    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if value >= 2**power:
-            scaled = value / 2**power
-            return f"{scaled:.0f} {name}" if scaled >= 100 else f"{scaled:.3g} {name}"
-    return f"{value:.0f} B"
 
 
 def plain(renderable: RenderableType, width: int = 80) -> str:

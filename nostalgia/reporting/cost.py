@@ -11,9 +11,9 @@ from rich import box
 from rich.panel import Panel
 from rich.table import Table
 
-from nostalgia.reporting.console import num_bytes
 from nostalgia.reporting.progress import duration
 from nostalgia.reporting.run_folder import RunFolder
+from nostalgia.utils.sizes import num_bytes
 
 FORWARD = 1 / 3  # of a training step's time: a forward pass alone
 PRODUCTS_PER_PAIR, PRODUCTS_AT_LEAST = 3, 10  # what Lanczos usually needs to residuals of a percent

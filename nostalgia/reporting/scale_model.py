@@ -17,8 +17,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nostalgia.reporting.console import num_bytes
 from nostalgia.reporting.progress import duration
+from nostalgia.utils.sizes import num_bytes
 
 BACKWARD = 2.0  # forward passes: gradients of inputs and of weights
 PRODUCT = 6.0  # of a curvature product: forward, and a derivative in each direction, each with its own backward pass
