@@ -47,7 +47,20 @@ def report(runs: Sequence[Path], out: Path | None = None, own_figures: Sequence[
     finished = [run for run in runs if (run / "results" / "results.json").is_file()]
     if len(runs) > 1 and finished:
         compare(finished, make_console())
+    if len(runs) == 1 and (left := set(_figures_of(runs[0])) - set(own_figures)):
+        # Not of itself: a folder may come from others, and to draw them is to run the code that it names.
+        flags = " ".join(f"--figure {word}" for word in sorted(left))
+        print(f"note: the run drew figures of its own; {flags} does again")
     print(written)
+
+
+def _figures_of(run: Path) -> list[str]:
+    """``logger.figures`` of the run's configuration."""
+    from nostalgia.reporting.run_folder import read_run
+
+    logger = read_run(run).config.get("logger")
+    figures = logger.get("figures") if isinstance(logger, dict) else None
+    return [str(word) for word in figures] if isinstance(figures, list) else []
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def _stop_on(error: Exception, watch: FailureWatch | None) -> None:
         leave(4)
     traceback.print_exc()
     if own:
-        _stop(watch, 4, f"error: your own code failed at {own}")
+        shards = "DTensor" in str(error)  # torch's own line says nothing of what to do
+        hint = (
+            "; under FSDP2 parameters are shards while a task is trained: docs/methods.md, Your own" if shards else ""
+        )
+        _stop(watch, 4, f"error: your own code failed at {own}{hint}")
         leave(4)
     _stop(watch, 1, f"error: {type(error).__name__}: {error}")
     leave(1)

@@ -171,6 +171,12 @@ class ReadOnce(dict[str, Any]):
         """Names with a value that nothing has asked for."""
         return [name for name, value in super().items() if value is not None and name not in self._read]
 
+    def fresh(self) -> ReadOnce:
+        """The same state, to be changed at will: containers and tensors are copies, blocks are not. Reading it counts here."""
+        copied = ReadOnce({name: _fresh(value) for name, value in super().items()})
+        copied._read = self._read
+        return copied
+
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
         return super().__getitem__(name)
@@ -194,3 +200,11 @@ class ReadOnce(dict[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         return dict(self)
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _fresh(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fresh(one) for one in value)
+    return value.clone() if isinstance(value, Tensor) else value

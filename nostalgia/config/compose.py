@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -92,7 +93,7 @@ def parse(argv: list[str]) -> Request:
         if "=" not in word and not word.startswith("~"):
             raise UsageError(f"cannot read {word!r}: expected KEY=VALUE, such as train.epochs=20")
     if flags.suite is not None:
-        words.insert(0, f"suite={flags.suite}")
+        words.insert(0, f"suite={_suite(flags.suite)}")
     words = [translated for word in words if (translated := _translate(word))]
     if flags.resume_override and flags.resume is None:
         raise UsageError("--resume-override goes with --resume RUN_DIR")
@@ -118,7 +119,7 @@ def parse(argv: list[str]) -> Request:
         run_dir = (Path(config.experiment.output_dir).expanduser() / "latest").resolve()
     return Request(
         config=config,
-        suite=suite,
+        suite=None if suite is None else suite.removeprefix(OWN_SUITE),
         debug=flags.debug,
         dry_run=flags.dry_run,
         quiet=flags.quiet,
@@ -168,11 +169,13 @@ def known_keys() -> list[str]:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="nostalgia.train",
-        usage="python -m nostalgia.train [--suite NAME] [options] [KEY=VALUE ...]",
+        usage="python -m nostalgia.train [--suite NAME|FILE.yaml] [options] [KEY=VALUE ...]",
         description="Continual fine-tuning of a vision backbone that does not forget.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--suite", metavar="NAME", help=f"one of {', '.join(_options('suite'))}")
+    parser.add_argument(
+        "--suite", metavar="NAME", help=f"one of {', '.join(_options('suite'))}, or a YAML file of your own"
+    )
     parser.add_argument("--debug", action="store_true", help="a few batches and products a task, deterministic")
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
@@ -198,6 +201,25 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+OWN_SUITE = "own__"  # how Hydra knows a suite of the user's own: its file's name after this
+
+
+def _suite(given: str) -> str:
+    """The name that Hydra knows a suite by; one in a file of the user's own is made known to it."""
+    if not given.endswith((".yaml", ".yml")):
+        return given
+    path = Path(given)
+    try:
+        content = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except FileNotFoundError:
+        raise UsageError(f"--suite {given}: no such file; a suite that comes along goes by its name alone") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"--suite {given}: cannot be read ({' '.join(str(error).split())})") from None
+    name = OWN_SUITE + re.sub(r"\W", "_", path.stem)
+    ConfigStore.instance().store(group="suite", name=name, node=content, package="_global_")
+    return name
+
+
 def _translate(word: str) -> str:
     """A word under its present key, its group choice checked before Hydra does; ``dataset=`` takes any name."""
     key, _, value = word.partition("=")
@@ -212,7 +234,7 @@ def _translate(word: str) -> str:
         return f"++{word}"  # new there or not
     if bare not in GROUPS:
         return word
-    if value in _options(bare) or (key == "suite" and value == "null"):
+    if value in _options(bare) or (key == "suite" and (value == "null" or value.startswith(OWN_SUITE))):
         return word
     if key == "dataset":
         return f"dataset.name={quoted(value)}"
@@ -285,7 +307,8 @@ def _of_methods(override: Override) -> bool:
 def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
     """Options of the method: those of its file, then `methods.<name>`, then the command line's ``method.<option>``.
 
-    What is meant for every method that has it (`EVERY_METHOD`) is left for when the method's class is known.
+    What is meant for every method that has it (`EVERY_METHOD`), or for none of the built-in ones, is left for when the
+    method's class is known.
     """
     method: dict[str, Any] = OmegaConf.to_container(composed["method"], resolve=True)  # type: ignore[assignment]
     methods: dict[str, Any] = OmegaConf.to_container(composed["methods"], resolve=True)  # type: ignore[assignment]
@@ -304,8 +327,11 @@ def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
         method = {"name": name}
     every = {key: value for key, value in methods.get(EVERY_METHOD, {}).items() if key not in given}
     method = {**method, **methods.get(name, {}), **given}
+    known = {*_options("method"), name, EVERY_METHOD}
+    # The name of a class of the user's own is known when it is loaded.
+    left = {owner: values for owner, values in methods.items() if owner not in known}
     with open_dict(composed):
-        composed["method"], composed["methods"] = method, {EVERY_METHOD: every} if every else {}
+        composed["method"], composed["methods"] = method, {**left, **({EVERY_METHOD: every} if every else {})}
 
 
 def _from_file(path: Path, words: list[str]) -> Any:

@@ -276,6 +276,11 @@ class LoggerConfig:
     group: str | None = None
     name: str | None = None
     report: bool = option(True, "Draw the figures and write report.html at the end of a run.", free=True)
+    figures: list[str] = option(
+        factory=list,
+        help="Figures of your own too, module:function each, drawn and in the report at the end.",
+        free=True,
+    )
     save_dir: str | None = option(None, "Where TensorBoard and W&B write; null: the run's folder.")
 
 

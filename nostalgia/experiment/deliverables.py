@@ -26,10 +26,11 @@ def write_deliverables(
         paths[EXPORT] = export_run(folder, run, results, command)
     skipped: tuple[str, ...] = ()
     if run.config.logger.report:
-        drawn = draw_run(read_run(folder), folder / "results" / "figures")
+        own = run.config.logger.figures
+        drawn = draw_run(read_run(folder), folder / "results" / "figures", own)
         log.figures(drawn.made)
         skipped = tuple(drawn.skipped)
-        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder])}
+        paths |= {"figures": folder / "results" / "figures", "report": write_report([folder], own_figures=own)}
     print_final(console, results, paths)
     if skipped:  # `plot_all` says why of each
         console.print(f"nothing to draw for  {', '.join(skipped)}", highlight=False)

@@ -37,6 +37,7 @@ def dry_run(
     accelerator: Accelerator,
     precision: str,
     run_info: Callable[[Components, Request, Path], RunInfo],
+    notes_of_method: Sequence[str] = (),
 ) -> None:
     """Print it; NotFoundError at the end, on all ranks, where data or weights are missing."""
     config = request.config
@@ -56,7 +57,7 @@ def dry_run(
     except NotFoundError as error:
         no_weights = str(error)
     console.print(_steps_table(config, found, accelerator.num_processes))
-    notes = data_notes(tasks)
+    notes = [*notes_of_method, *data_notes(tasks)]
     if plan is not None:
         console.print(plan)
         notes = [*uncounted(found), *notes]

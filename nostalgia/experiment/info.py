@@ -64,5 +64,13 @@ def run_notes(config: Config) -> list[str]:
     return notes
 
 
+def check_figures(config: Config) -> None:
+    """Raise UsageError or NotFoundError for figures of the user's own that are not there: before training, not after it."""
+    if config.logger.figures:
+        from nostalgia.reporting.figures_own import load_figures  # matplotlib: most runs do not need it yet
+
+        load_figures(config.logger.figures, (), "logger.figures=")
+
+
 def device_name(accelerator: Accelerator) -> str:
     return "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)

@@ -11,18 +11,22 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.errors import UsageError
 from nostalgia.experiment.task_data import task_specs
 from nostalgia.methods.base import Method
-from nostalgia.methods.loading import make_method, method_class
+from nostalgia.methods.loading import BUILT_IN, hooks_note, make_method, method_class
+from nostalgia.options import nearest
 from nostalgia.training.optimizers import check_optimizer
 
 
-def complete_method(config: Config) -> None:
+def complete_method(config: Config) -> list[str]:
     """Put all options of the chosen method, checked, into ``config.method``, and what model.lora.merge=auto means with it.
 
-    Raises UsageError for an option that the method does not have or allow, NotFoundError for a class that is not there.
+    Returns notes for the user, one line each. Raises UsageError for an option that the method does not have or allow,
+    NotFoundError for a class that is not there.
     """
     given = dict(config.method)
     name = str(given.pop("name"))
     kind = method_class(name)
+    given = {**config.methods.get(kind.name, {}), **given}
+    strange = sorted(set(config.methods) - {EVERY_METHOD, kind.name})
     known = {item.name for item in kind.Config.__dataclass_fields__.values()}
     every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
     method = make_method(name, {**given, **every}, config.experiment.seed)
@@ -36,6 +40,11 @@ def complete_method(config: Config) -> None:
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
     config.model.lora.merge = "task" if merges_adapters(config, method) else "never"
+    unused = [
+        f"methods.{owner} is of no method here, its options have no effect{nearest(owner, [kind.name, *BUILT_IN])}"
+        for owner in strange
+    ]
+    return [*unused, *([] if name in BUILT_IN else [hooks_note(name)])]
 
 
 def chosen_method(config: Config) -> Method:

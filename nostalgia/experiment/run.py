@@ -16,7 +16,7 @@ from nostalgia.experiment.data_check import absolute_paths, check_data, record_d
 from nostalgia.experiment.dry_run import dry_run
 from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
-from nostalgia.experiment.info import run_info, run_notes
+from nostalgia.experiment.info import check_figures, run_info, run_notes
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.resume import ResumedRun, open_run
 from nostalgia.parallel.coordination import on_main
@@ -35,7 +35,8 @@ def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
     """Run what the command line asks for; returns the run's folder (None for a dry run)."""
-    complete_method(request.config)
+    notes = complete_method(request.config)
+    check_figures(request.config)
     if not request.dry_run:
         request.config.train.precision = precision  # what auto became is the run's, wherever it goes on
         absolute_paths(request.config)
@@ -45,7 +46,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     if config.train.detect_anomaly:
         torch.autograd.set_detect_anomaly(True)
     if folder is None:
-        dry_run(request, accelerator, precision, run_info)
+        dry_run(request, accelerator, precision, run_info, notes)
         return None
     components = build_components(config, accelerator, precision)
     on_main(accelerator, lambda: _same_data(folder, components, request, resumed))
@@ -58,7 +59,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     )
     info = run_info(components, request, folder)
     console.print(start_panel(info))
-    for line in (*run_notes(config), *data_notes(components.tasks)):
+    for line in (*notes, *run_notes(config), *data_notes(components.tasks)):
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)

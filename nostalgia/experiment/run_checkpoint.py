@@ -124,7 +124,9 @@ class RunCheckpoint:
         """Give the method its state; raises NotFoundError naming it where the state is not one of its own."""
         name = self.run.method.name
         with readable_checkpoint(f"{source}, method={name}"):
-            self.run.method.load_state_dict(self.method_state)
+            # Called twice within a task: what the method does with the first must not change the second.
+            state = self.method_state.fresh() if isinstance(self.method_state, ReadOnce) else self.method_state
+            self.run.method.load_state_dict(state)
 
     def check_method(self, source: str) -> None:
         """Raise NotFoundError for a part of the method's state that it has not taken up: it would be lost."""

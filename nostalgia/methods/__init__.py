@@ -4,7 +4,19 @@ from nostalgia.data.exemplars import Exemplar, ExemplarLoader
 from nostalgia.data.stream import Batch
 from nostalgia.linalg.block import Block
 from nostalgia.methods.base import Method, TaskContext
+from nostalgia.methods.vectors import QuadraticPenalty
 from nostalgia.models.objective import Objective, Output
 from nostalgia.options import option
 
-__all__ = ["Batch", "Block", "Exemplar", "ExemplarLoader", "Method", "Objective", "Output", "TaskContext", "option"]
+__all__ = [
+    "Batch",
+    "Block",
+    "Exemplar",
+    "ExemplarLoader",
+    "Method",
+    "Objective",
+    "Output",
+    "QuadraticPenalty",
+    "TaskContext",
+    "option",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -71,9 +73,38 @@ def _own_class(name: str) -> type[Method]:
         raise UsageError(f"method={name}: not a class derived from nostalgia.methods.Method")
     if not is_dataclass(kind.Config):
         raise UsageError(f"method={name}: its Config is {kind.Config!r:.60}; allowed is a dataclass of options")
+    _check_hooks(name, kind)
     if not kind.name:
         kind.name = name.partition(":")[2]  # results and reports need one
     if not (isinstance(kind.name, str) and re.fullmatch(r"[\w.+-]+", kind.name)):
         raise UsageError(f"method={name}: its name is {kind.name!r:.60}; allowed are letters, digits and _ . + -")
     found: type[Method] = kind
     return found
+
+
+def hooks_note(name: str) -> str:
+    """Which hooks a class of the user's own has, and what looks like one and is none."""
+    kind = method_class(name)
+    hooks = {hook for hook, member in vars(Method).items() if inspect.isfunction(member) and not hook.startswith("_")}
+    defined = {member: None for one in kind.__mro__ if one not in Method.__mro__ for member in vars(one)}
+    functions = [m for m in defined if not m.startswith("_") and inspect.isfunction(getattr(kind, m))]
+    own = [m for m in functions if m in hooks]
+    close = {m: difflib.get_close_matches(m, hooks, n=1, cutoff=0.6) for m in functions if m not in hooks}
+    missed = [f"{m} is none (did you mean {found[0]}?)" for m, found in close.items() if found]
+    return "; ".join([f"hooks of {kind.__name__}: {', '.join(own) or 'none, which is fine-tuning'}", *missed])
+
+
+def _check_hooks(name: str, kind: type[Method]) -> None:
+    """Raise UsageError for a hook that a run could not call, and for state that nothing would take up."""
+    for hook, base in vars(Method).items():
+        own = getattr(kind, hook, None)
+        if hook.startswith("_") or not inspect.isfunction(base) or not inspect.isfunction(own):
+            continue
+        wanted = [p.name for p in inspect.signature(base).parameters.values()]
+        try:
+            inspect.signature(own).bind(*wanted)
+        except TypeError as error:
+            called = f"{hook}({', '.join(wanted)})"
+            raise UsageError(f"method={name}: {hook} is called as {called}; of this class: {error}") from None
+    if kind.state_dict is not Method.state_dict and kind.load_state_dict is Method.load_state_dict:
+        raise UsageError(f"method={name}: it has state_dict but no load_state_dict: no run of it could be resumed")

@@ -20,6 +20,7 @@ class OwnFigure:
 
     word: str  # module:function
     function: Callable[[RunFolder], Any]
+    option: str = "--figure "  # what named it, for errors
 
     @property
     def name(self) -> str:
@@ -37,24 +38,24 @@ class OwnFigure:
         except ValueError:
             raise
         except Exception as error:
-            raise UsageError(f"--figure {self.word}: drawing it failed at {last_frame(error)}") from error
+            raise UsageError(f"{self.option}{self.word}: drawing it failed at {last_frame(error)}") from error
         if not isinstance(figure, Figure):
-            raise UsageError(f"--figure {self.word}: it returned {figure!r:.60}; allowed is a matplotlib Figure")
+            raise UsageError(f"{self.option}{self.word}: it returned {figure!r:.60}; allowed is a matplotlib Figure")
         return figure
 
 
-def load_figures(words: Iterable[str], taken: Iterable[str]) -> list[OwnFigure]:
-    """The figures that ``words`` name; ``taken`` are the names of the built-in ones.
+def load_figures(words: Iterable[str], taken: Iterable[str], option: str = "--figure ") -> list[OwnFigure]:
+    """The figures that ``words`` name; ``taken`` are the names of the built-in ones, ``option`` what named them.
 
     Raises UsageError for a word of another form, a name that is taken and what is no function, NotFoundError where there
     is no such module or function.
     """
     names, figures = set(taken), []
     for word in words:
-        where = f"--figure {word}"
+        where = f"{option}{word}"
         if not is_own(word):
             raise UsageError(f"{where}: allowed is module:function of your own")
-        figure = OwnFigure(word, load_own(word, where))
+        figure = OwnFigure(word, load_own(word, where), option)
         if not callable(figure.function):
             raise UsageError(f"{where}: {figure.function!r:.60} is no function; it takes a RunFolder, returns a Figure")
         if figure.name in names:

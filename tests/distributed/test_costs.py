@@ -9,7 +9,9 @@ from tests.distributed import cases_costs
 from tests.ranks import run_ranks
 
 
-@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive), pytest.param(8, marks=pytest.mark.long)]
+)
 def costs(request):
     """By number of ranks, then rank, then wrapping: of one process and of several."""
     (alone,) = cases_costs.check(["bare"]).values()

@@ -59,6 +59,11 @@ CASES["shared head"] = [
 ]  # fmt: skip
 
 
+# Of each kind one; the others by -m exhaustive.
+TYPICAL = ("nostalgia", "nostalgia lora", "kronecker lora", "path lora", "ewc", "derpp lora", "dropout")
+EVERY = [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.exhaustive) for name in CASES]
+
+
 def check_layouts(name: str, ranks: int, batch: int, within: float) -> None:
     """The losses and gradient norms of ``ranks``, under DDP and FSDP2, are those of one process on the same batches."""
     one = {"one": [*CASES[name], *BASE, f"dataset.batch_size={batch}"]}
@@ -75,7 +80,7 @@ def check_layouts(name: str, ranks: int, batch: int, within: float) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_losses_and_gradients_are_those_of_one_process(name: str) -> None:
     check_layouts(name, ranks=2, batch=16, within=1e-10)
 

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.unit.curvature.networks import batches, forward_fn, loss_fn, mlp
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))])
 def outcome(request):
     """What each rank returned; the checks inside the ranks have passed."""
     return run_ranks(cases_operators.check_all, request.param)

@@ -8,7 +8,7 @@ from tests.distributed import cases_projection
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (1, 3))])
 def test_projected_steps_equal_the_dense_formulas(ranks):
     results = run_ranks(cases_projection.check, ranks)
     sizes = list(zip(*(result["shards"] for result in results), strict=True))

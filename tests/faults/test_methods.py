@@ -35,8 +35,12 @@ METHODS = {
 }
 
 
+TYPICAL = ("nostalgia", "kronecker", "derpp", "tests.faults.own_method:Counting")  # the others by -m exhaustive
+EVERY = [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.exhaustive) for name in METHODS]
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, name: str) -> None:
     method = f"method.name={name}" if ":" in name else f"method={name.split()[0]}"
     soak = Soak(tmp_path, "single", seed=1, words=[method, *METHODS[name], *SHORT])

@@ -14,6 +14,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
     return Soak(tmp_path_factory.mktemp("soak"), "single", seed=0)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_ends_as_if_it_had_not_been(soak: Soak) -> None:
     soak.kills(3)
     assert not soak.problems

@@ -69,6 +69,7 @@ def test_the_loop_stays_out_of_the_memory(tmp_path: Path) -> None:
     assert float(python(tmp_path, str(EXAMPLES / "own_loop.py"))) < 1e-5  # the leak, of float32 rounding
 
 
+@pytest.mark.exhaustive
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """Its cells, one after the other in one Python; the last line of a cell may be a value to show."""
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]

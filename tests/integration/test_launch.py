@@ -190,6 +190,7 @@ def two_nodes(folder: Path, *words: str, **environment: str) -> list[Started]:
     return [Started("multinode.sh", *words, NODE_RANK=str(node), **meeting) for node in (0, 1)]
 
 
+@pytest.mark.exhaustive
 def test_two_nodes_are_one(tmp_path: Path) -> None:
     """Two launches that meet give the numbers of one launch of two processes."""
     launches = [

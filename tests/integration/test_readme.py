@@ -80,8 +80,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         STUBS, "=RUN_DIR=runs/stub/mine launch/ddp.sh --suite demo train.accelerator=cpu",
     ),
     "python examples/own_data.py": (HERE, ""),
-    "python -m nostalgia.train experiment.tasks=[digits,./my_images] model=vit_tiny train.epochs=10": (
-        HERE, RUN + " dataset.num_workers=0 method=finetune",
+    "python -m nostalgia.train --suite demo experiment.tasks=[digits,./my_images]": (
+        HERE, RUN + " method=finetune experiment.name=other",
     ),
     "python examples/own_model.py": (HERE, ""),
     "python -m nostalgia.train dataset=digits experiment.split=classes model=vit model.model_id=./my_model": (
@@ -208,6 +208,7 @@ def test_every_command_is_in_the_table() -> None:
     assert dict.fromkeys(commands()) == dict.fromkeys(COMMANDS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", [name for name, (how, _) in COMMANDS.items() if how == HERE])
 def test_commands_of_the_program(command: str, driven: dict[str, tuple[int, str]]) -> None:
     code, output = driven[short(command)]
@@ -223,6 +224,7 @@ def test_further_commands_of_the_program(command: str, driven_later: dict[str, t
     assert output.strip()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", [name for name, (how, _) in COMMANDS.items() if how in (SHELL, STUBS)])
 def test_commands_of_the_shell(command: str, place: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
@@ -251,6 +253,7 @@ def test_error_lines_are_the_program_s() -> None:
     assert [text for text in fragments if text not in joined] == []
 
 
+@pytest.mark.exhaustive
 def test_files_of_a_run_are_there(driven: dict[str, tuple[int, str]], place: Path) -> None:
     """Each file that docs/runs.md names is in the folder of a finished run."""
     section = PAGES["runs.md"].split("With `A[t][u]`")[0]

@@ -172,6 +172,7 @@ def test_a_mistake_in_a_method_of_the_users_is_named_and_ends_with_4(ranks: int,
     assert "own_method.py, line 47: FileNotFoundError" in line
 
 
+@pytest.mark.exhaustive
 def test_the_launch_script_passes_the_code_on(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

@@ -137,6 +137,7 @@ def check(run: Path) -> None:
         assert [t["accuracy"] for t in found["tasks"]] == results["accuracy_matrix"][-1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     """Each layout and each network once, for three of the suites; measured again from the export."""
@@ -158,6 +159,7 @@ def test_suites_on_one_process(tmp_path: Path, weights: dict[str, Path], data: R
     assert (resnet / "export" / "norm_statistics.safetensors").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_streams(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     """Each stream found by a dry run, and two steps of each of its tasks."""
@@ -182,6 +184,7 @@ def test_ranks_are_swept(tmp_path: Path) -> None:
     assert (config.method["top_k"], config.method["tail"]) == (24, "none")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_a_head_that_goes_on(tmp_path: Path) -> None:
     """One head for two tasks, in turn, taken up again from the checkpoint, and jointly; measured from the export."""
@@ -203,6 +206,7 @@ def test_a_head_that_goes_on(tmp_path: Path) -> None:
         assert results["classes"] == [["1", "2", "3"], ["1", "2", "3", "0", *"456789"]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)  # tens of seconds on a machine of its own
 def test_a_suite_on_two_processes(tmp_path: Path, weights: dict[str, Path], data: Root) -> None:
     plan = Plan(tmp_path, weights, data)

@@ -25,6 +25,7 @@ while true; do sleep 0.1; done
 """
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_of_submitted_runs(tmp_path: Path) -> None:
     local = ("--slurm", "cluster=local,timeout_min=5")
     code, output, errors = sweep(tmp_path, *WORDS, *local, STUB_finetune_0="fail")

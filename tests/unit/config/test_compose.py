@@ -120,7 +120,7 @@ def test_debug_leaves_the_last_word_to_the_command_line() -> None:
         config = parse(["--debug", "--suite", "demo", "method=nostalgia", *words]).config
         complete_method(config)
         samples.append((config.method["tail_samples"], config.method["top_k"]))
-    assert samples == [(16, 4), (40, 4), (40, 2)]
+    assert samples == [(8, 2), (40, 2), (40, 2)]
 
 
 def test_any_name_may_be_a_dataset() -> None:
