@@ -15,7 +15,10 @@ from tests.ranks import Ranks
 BOUND = 3.0
 
 
-@pytest.mark.parametrize("stopped", [1, 0], ids=["rank 1", "rank 0, which holds the store"])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param(1, id="rank 1", marks=pytest.mark.exhaustive), pytest.param(0, id="rank 0, which holds the store")],
+)
 def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path: Path, stopped: int) -> None:
     ranks = Ranks(work_for_ever, tmp_path, BOUND, world_size=2, folder=tmp_path)
     try:

@@ -60,7 +60,7 @@ CASES["shared head"] = [
 
 
 # Of each kind one; the others by -m exhaustive.
-TYPICAL = ("nostalgia", "nostalgia lora", "kronecker lora", "path lora", "ewc", "derpp lora", "dropout")
+TYPICAL = ("nostalgia lora", "kronecker lora", "derpp lora", "dropout")
 EVERY = [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.exhaustive) for name in CASES]
 
 

@@ -20,6 +20,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(soak: Soak) -> None:
     assert not soak.problems
 
 
+@pytest.mark.exhaustive
 def test_sigterm_stops_a_run_with_a_checkpoint(soak: Soak) -> None:
     soak.which = (signal.SIGTERM,)
     soak.signals(1)

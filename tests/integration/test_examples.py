@@ -31,6 +31,7 @@ def python(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_data_model_method_and_figure_of_ones_own(tmp_path: Path) -> None:
     python(tmp_path, str(EXAMPLES / "own_data.py"))
     python(tmp_path, str(EXAMPLES / "own_model.py"))

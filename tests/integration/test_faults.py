@@ -64,6 +64,7 @@ def test_a_rank_stopped_in_mid_training_ends_the_launch_with_4(tmp_path: Path) -
     assert not rank1.is_running()
 
 
+@pytest.mark.exhaustive
 def test_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     """Names of folders, classes and runs in any alphabet, and no file opened in the encoding of the locale."""
     folder = write_tree(tmp_path / "Größen", ("naïve", "日本"), train=8, val=4)

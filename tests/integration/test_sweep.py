@@ -124,6 +124,7 @@ def test_gpus_are_shared_out() -> None:
     assert gpu_slots(1, {}, ["0", "1"]) == [{}]
 
 
+@pytest.mark.exhaustive
 def test_strengths_are_searched_and_compared_and_a_failing_cell_costs_only_itself(tmp_path: Path) -> None:
     words = ("--methods", "finetune,ewc", "--seeds", "0,1", "--strengths", "1,10")
     code, _output, errors = sweep(tmp_path, *words, STUB_ewc_1="fail")

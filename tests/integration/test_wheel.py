@@ -37,6 +37,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.exhaustive
 def test_the_demo_is_there_without_a_checkout(installed: Path, tmp_path: Path) -> None:
     program = "import nostalgia, nostalgia.config.compose as c; print(nostalgia.__file__, c.config_folder())"
     where = call(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
