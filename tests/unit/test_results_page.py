@@ -32,7 +32,7 @@ def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
         study(name) for name in ("study", "study_variants", "study_four_seeds", "study_resnet", "study_cpu", "demo")
     ]
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 490
+    assert len(runs) == 492
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -116,7 +116,7 @@ def test_the_rows_of_the_resnet_are_its_runs() -> None:
 def test_the_rows_of_the_seeds_run_on_a_cpu_are_its_runs() -> None:
     page, found = (DOCS / "results.md").read_text(), study("study_cpu")
     assert found["chosen"] == {arm: study("study")["chosen"][arm] for arm in found["chosen"]}
-    assert len(found["runs"]) == 11
+    assert len(found["runs"]) == 13
     for run in found["runs"]:
         figures = " | ".join(f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy"))
         assert f"| {run['stream']} | {run['seed']} | {run['arm']} | {figures} |" in page
