@@ -29,6 +29,8 @@ from nostalgia.data.tasks import Task
 from nostalgia.errors import UsageError
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.logging.progress import Progress
+from nostalgia.logging.run_log import RunLog
 from nostalgia.methods import Method, Objective, TaskContext
 from nostalgia.methods.loading import make_method
 from nostalgia.models import attach_lora, build_backbone
@@ -36,8 +38,6 @@ from nostalgia.models.backbones import scope_parameters
 from nostalgia.models.heads import make_head
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
-from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.run_log import RunLog
 from nostalgia.training import step as step_module
 from nostalgia.training.loop import Optimization, Phase, Training
 from nostalgia.training.optimizers import OPTIMIZERS, make_optimizer

@@ -32,7 +32,7 @@ from transformers import AutoModel
 
 from bench.forks import run_missing
 from nostalgia.errors import NotFoundError
-from nostalgia.reporting.results import read_results
+from nostalgia.logging.results import read_results
 from nostalgia.sweep_runner import Job
 
 TRAINING = (

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from nostalgia.reporting.run_folder import RunFolder
+from nostalgia.analysis.run_folder import RunFolder
 
 
 def loss_drop(run: RunFolder) -> Figure:

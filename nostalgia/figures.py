@@ -14,7 +14,7 @@ from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.utils.arguments import CommandParser, ended
 
 if TYPE_CHECKING:
-    from nostalgia.reporting.drawing import Drawn
+    from nostalgia.analysis.drawing import Drawn
 
 EPILOG = """examples:
   python -m nostalgia.figures runs/demo/latest                          writes runs/demo/latest/results/figures/*.png
@@ -46,7 +46,7 @@ def _main(arguments: list[str]) -> None:
     elif flags.figure:
         raise UsageError("--figure: a figure of your own is drawn of one run")
     else:
-        from nostalgia.reporting.compare import draw_side_by_side
+        from nostalgia.analysis.compare import draw_side_by_side
 
         say(draw_side_by_side(flags.runs, flags.out or Path("figures")))
 
@@ -64,8 +64,8 @@ def draw(
     Raises NotFoundError where there is no such folder or file, or nothing in it to draw; UsageError where the
     figures cannot be written.
     """
-    from nostalgia.reporting.drawing import draw_run
-    from nostalgia.reporting.run_folder import read_run
+    from nostalgia.analysis.drawing import draw_run
+    from nostalgia.analysis.run_folder import read_run
 
     for given in (log_csv, mem_csv):
         if given is not None and not given.is_file():

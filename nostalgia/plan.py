@@ -8,9 +8,9 @@ from typing import Any
 
 from nostalgia import config as configuration
 from nostalgia import train
+from nostalgia.analysis.scale_model import Cluster
 from nostalgia.config import Config
 from nostalgia.errors import UsageError
-from nostalgia.reporting.scale_model import Cluster
 from nostalgia.utils.arguments import CommandParser
 
 EPILOG = """examples:

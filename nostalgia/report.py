@@ -39,9 +39,9 @@ def _main(arguments: list[str]) -> None:
 
 def report(runs: Sequence[Path], out: Path | None = None, own_figures: Sequence[str] = ()) -> None:
     """Write the report and print where it is, after the comparison of those runs, if several, that are finished."""
-    from nostalgia.reporting.compare import compare
-    from nostalgia.reporting.report import write_report
-    from nostalgia.reporting.streams import make_console
+    from nostalgia.analysis.compare import compare
+    from nostalgia.analysis.report import write_report
+    from nostalgia.logging.streams import make_console
 
     written = write_report(runs, out, own_figures=own_figures)
     finished = [run for run in runs if (run / "results" / "results.json").is_file()]
@@ -56,7 +56,7 @@ def report(runs: Sequence[Path], out: Path | None = None, own_figures: Sequence[
 
 def _figures_of(run: Path) -> list[str]:
     """``logger.figures`` of the run's configuration."""
-    from nostalgia.reporting.run_folder import read_run
+    from nostalgia.analysis.run_folder import read_run
 
     logger = read_run(run).config.get("logger")
     figures = logger.get("figures") if isinstance(logger, dict) else None

@@ -17,9 +17,9 @@ from nostalgia.config import Config, parse
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
+from nostalgia.logging.results import RunResults, read_results
+from nostalgia.logging.streams import make_console
 from nostalgia.methods.loading import method_class
-from nostalgia.reporting.results import RunResults, read_results
-from nostalgia.reporting.streams import make_console
 from nostalgia.sweep_runner import Job, Start, run_jobs, start_here
 from nostalgia.sweep_slurm import SlurmStarter, read_parameters
 from nostalgia.utils.arguments import CommandParser, ended
@@ -190,8 +190,8 @@ def show(cells: Sequence[Cell], options: Options, console: Any) -> None:
         show_frontier(cells, options, console)
         return
     # Drawing takes seconds to import: nothing above should wait for it.
-    from nostalgia.reporting.compare import compare, shown
-    from nostalgia.reporting.report import write_report
+    from nostalgia.analysis.compare import compare, shown
+    from nostalgia.analysis.report import write_report
 
     console.print()
     compare(folders, console)
@@ -201,9 +201,9 @@ def show(cells: Sequence[Cell], options: Options, console: Any) -> None:
 
 def show_frontier(cells: Sequence[Cell], options: Options, console: Any) -> None:
     """Write and print the comparison at equal learning accuracy."""
-    from nostalgia.reporting.figures_frontier import frontier_figure
-    from nostalgia.reporting.frontier import frontier, markdown, write_frontier
-    from nostalgia.reporting.report import write_report
+    from nostalgia.analysis.figures_frontier import frontier_figure
+    from nostalgia.analysis.frontier import frontier, markdown, write_frontier
+    from nostalgia.analysis.report import write_report
 
     runs: dict[tuple[str, float | None], list[RunResults]] = {}
     for cell in cells:

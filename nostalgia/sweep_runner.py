@@ -23,8 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from nostalgia.errors import NotFoundError
-from nostalgia.reporting.progress import duration
-from nostalgia.reporting.results import read_results
+from nostalgia.logging.progress import duration
+from nostalgia.logging.results import read_results
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -1,4 +1,4 @@
-"""A run: the only place where data, models, methods, training, analysis and reporting meet.
+"""A run: the only place where data, models, methods, training, logging and analysis meet.
 
 run            from the request to the last file
 experiment     one task after the other, stage by stage; phases: one phase of training

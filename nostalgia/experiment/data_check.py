@@ -10,7 +10,7 @@ from nostalgia.config import Config
 from nostalgia.data.fingerprint import difference, fingerprint, names_of
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError
-from nostalgia.reporting.files import read_json, write_json
+from nostalgia.logging.files import read_json, write_json
 
 FILE = "data.json"  # in the run's folder
 CLASS_ORDER = "class_order.json"  # beside it, of experiment.split=classes

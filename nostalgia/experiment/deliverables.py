@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nostalgia.analysis.drawing import draw_run
+from nostalgia.analysis.report import write_report
+from nostalgia.analysis.run_folder import read_run
 from nostalgia.experiment.components import Components
 from nostalgia.experiment.exporting import EXPORT, export_run
-from nostalgia.reporting.console import print_final
-from nostalgia.reporting.drawing import draw_run
-from nostalgia.reporting.report import write_report
-from nostalgia.reporting.results import RunResults, write_results
-from nostalgia.reporting.run_folder import read_run
-from nostalgia.reporting.run_log import RunLog
+from nostalgia.logging.console import print_final
+from nostalgia.logging.results import RunResults, write_results
+from nostalgia.logging.run_log import RunLog
 
 
 def write_deliverables(

@@ -18,16 +18,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import cuda
 
+from nostalgia.analysis.scale_model import Cluster, stages, table
 from nostalgia.config import Config, Request
 from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.scale import load_of, uncounted
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
+from nostalgia.logging.console import RunInfo, count, print_config, start_panel
+from nostalgia.logging.streams import make_console
 from nostalgia.parallel.coordination import agree
-from nostalgia.reporting.console import RunInfo, count, print_config, start_panel
-from nostalgia.reporting.scale_model import Cluster, stages, table
-from nostalgia.reporting.streams import make_console
 
 MAX_LINES = 12  # of what is said of one missing data set
 

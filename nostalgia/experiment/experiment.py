@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from nostalgia.data.tasks import Task
     from nostalgia.experiment.components import Components
     from nostalgia.experiment.resume import ResumedRun
-    from nostalgia.reporting.progress import Progress
-    from nostalgia.reporting.results import RunResults
+    from nostalgia.logging.progress import Progress
+    from nostalgia.logging.results import RunResults
 
 
 class Experiment:

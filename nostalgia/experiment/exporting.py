@@ -10,9 +10,9 @@ from torch import nn
 
 from nostalgia.data.tasks import head_classes
 from nostalgia.experiment.components import Components
+from nostalgia.logging.results import RunResults
 from nostalgia.models.export import export
 from nostalgia.models.model_card import TaskCard
-from nostalgia.reporting.results import RunResults
 
 EXPORT = "export"
 

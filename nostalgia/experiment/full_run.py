@@ -6,14 +6,14 @@ from pathlib import Path
 
 from rich.panel import Panel
 
+from nostalgia.analysis.cost import Measured, TaskLoad, Workload, cost_panel, estimate
+from nostalgia.analysis.run_folder import read_run
 from nostalgia.config import Config, Request, parse
 from nostalgia.experiment.components import Components
 from nostalgia.experiment.method_choice import chosen_method, complete_method, merges_adapters
+from nostalgia.logging.console import RunInfo
 from nostalgia.methods.base import MemoryPlan
 from nostalgia.models.adapters import adapted_weights
-from nostalgia.reporting.console import RunInfo
-from nostalgia.reporting.cost import Measured, TaskLoad, Workload, cost_panel, estimate
-from nostalgia.reporting.run_folder import read_run
 from nostalgia.training.optimizers import OPTIMIZERS
 
 

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from nostalgia.config import Config, Request
 from nostalgia.experiment.components import Components
+from nostalgia.logging.console import RunInfo, TaskInfo
 from nostalgia.models.backbones import has_adapters
 from nostalgia.parallel.accelerator import strategy
-from nostalgia.reporting.console import RunInfo, TaskInfo
 from nostalgia.training.loop import WARMUP_SHARE
 
 
@@ -67,7 +67,7 @@ def run_notes(config: Config) -> list[str]:
 def check_figures(config: Config) -> None:
     """Raise UsageError or NotFoundError for figures of the user's own that are not there: before training, not after it."""
     if config.logger.figures:
-        from nostalgia.reporting.figures_own import load_figures  # matplotlib: most runs do not need it yet
+        from nostalgia.analysis.figures_own import load_figures  # matplotlib: most runs do not need it yet
 
         load_figures(config.logger.figures, (), "logger.figures=")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nostalgia.evaluation.accuracy import Score
-from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.run_log import RunLog
+from nostalgia.logging.progress import Progress
+from nostalgia.logging.run_log import RunLog
 from nostalgia.training.loop import StepRecord
 
 

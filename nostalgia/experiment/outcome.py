@@ -12,11 +12,11 @@ from nostalgia.experiment.components import Components
 from nostalgia.experiment.info import device_name
 from nostalgia.experiment.state import RunState
 from nostalgia.linalg.lanczos import Eigenpairs
+from nostalgia.logging.console import TaskOutcome, task_row
+from nostalgia.logging.results import RunResults
+from nostalgia.logging.run_log import RunLog
+from nostalgia.logging.trackers import Warn
 from nostalgia.parallel.accelerator import strategy
-from nostalgia.reporting.console import TaskOutcome, task_row
-from nostalgia.reporting.results import RunResults
-from nostalgia.reporting.run_log import RunLog
-from nostalgia.reporting.trackers import Warn
 from nostalgia.utils.versions import versions
 
 

@@ -17,9 +17,9 @@ from nostalgia.checkpoint import store
 from nostalgia.config import Config, Request, save
 from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.logging.trackers import flatten
 from nostalgia.methods.loading import method_class
 from nostalgia.parallel.coordination import from_main, on_main
-from nostalgia.reporting.trackers import flatten
 from nostalgia.training.loop import SavedPhase
 from nostalgia.utils.versions import versions
 

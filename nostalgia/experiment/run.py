@@ -19,10 +19,10 @@ from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import check_figures, run_info, run_notes
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.resume import ResumedRun, open_run
+from nostalgia.logging.console import print_config, start_panel
+from nostalgia.logging.progress import Progress
+from nostalgia.logging.streams import make_console
 from nostalgia.parallel.coordination import on_main
-from nostalgia.reporting.console import print_config, start_panel
-from nostalgia.reporting.progress import Progress
-from nostalgia.reporting.streams import make_console
 
 
 def _same_data(folder: Path, run: Components, request: Request, resumed: ResumedRun | None) -> None:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nostalgia.analysis.scale_model import Cluster, Load, stages, table
 from nostalgia.config import Config
 from nostalgia.data.tasks import Missing, Task, find_tasks
 from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
+from nostalgia.logging.streams import make_console
 from nostalgia.methods.eigenspace import Eigenspace
 from nostalgia.methods.tail import KroneckerTail
 from nostalgia.models import Backbone
 from nostalgia.models.adapters import adapted_weights
 from nostalgia.parallel.accelerator import unsplit_layers
-from nostalgia.reporting.scale_model import Cluster, Load, stages, table
-from nostalgia.reporting.streams import make_console
 from nostalgia.training.optimizers import OPTIMIZERS
 
 

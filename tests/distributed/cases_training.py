@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from nostalgia.analysis.drawing import Drawn, run_drawers
+from nostalgia.analysis.run_folder import read_run
 from nostalgia.config import parse
 from nostalgia.config.checks import check_launch
 from nostalgia.experiment import deliverables
@@ -17,8 +19,6 @@ from nostalgia.experiment import run as whole_run
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
 from nostalgia.parallel.coordination import from_main
-from nostalgia.reporting.drawing import Drawn, run_drawers
-from nostalgia.reporting.run_folder import read_run
 
 WORDS = (
     "--suite", "demo", "--quiet", "model.config.hidden_size=32", "model.config.intermediate_size=64",

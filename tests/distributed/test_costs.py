@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nostalgia.reporting.scale_model import Cluster, Load, stages
+from nostalgia.analysis.scale_model import Cluster, Load, stages
 from tests.distributed import cases_costs
 from tests.ranks import run_ranks
 

@@ -77,7 +77,7 @@ def count_events(kill_at: int | None) -> None:
     import nostalgia.training.loop as loop
     from nostalgia.evaluation import accuracy
     from nostalgia.linalg.krylov import Krylov
-    from nostalgia.reporting.csv_log import CsvLog
+    from nostalgia.logging.csv_log import CsvLog
 
     seen = [0]
 

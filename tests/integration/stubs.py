@@ -37,7 +37,7 @@ TORCHRUN = r"""#!{python}
 import os, signal, sys, time
 from pathlib import Path
 from nostalgia.config import parse, save
-from nostalgia.reporting.results import RunResults, write_results
+from nostalgia.logging.results import RunResults, write_results
 
 from nostalgia.experiment.method_choice import complete_method
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nostalgia.reporting.report import write_report
-from tests.unit.reporting.folders import write_run
+from nostalgia.analysis.report import write_report
+from tests.unit.analysis.folders import write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}

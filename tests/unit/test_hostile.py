@@ -20,19 +20,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from nostalgia.analysis.compare import compare
+from nostalgia.analysis.report.page import write_report
+from nostalgia.analysis.run_folder import read_curvature, read_run
 from nostalgia.checkpoint.files import Block, read_manifest
 from nostalgia.config import parse, save
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
+from nostalgia.logging.csv_log import read_log
+from nostalgia.logging.results import read_matrix_csv, read_results
+from nostalgia.logging.run_log import RunLog
 from nostalgia.models import norm_statistics
 from nostalgia.models.exported import load_classes
 from nostalgia.models.heads import load_heads, make_head, save_heads
-from nostalgia.reporting.compare import compare
-from nostalgia.reporting.csv_log import read_log
-from nostalgia.reporting.report.page import write_report
-from nostalgia.reporting.results import read_matrix_csv, read_results
-from nostalgia.reporting.run_folder import read_curvature, read_run
-from nostalgia.reporting.run_log import RunLog
-from tests.unit.reporting.folders import write_run
+from tests.unit.analysis.folders import write_run
 
 Mutation = Callable[[bytes, random.Random], bytes]
 NASTY = (b"\x00", b"\xff\xfe", b"NaN", b"1e999", b"-1", b"null", b"[]", b"{}", b'"', b"'", b"\n",

@@ -29,7 +29,8 @@ TIERS = (
     ("methods",),
     ("training",),
     ("evaluation",),
-    ("reporting",),
+    ("logging",),
+    ("analysis",),
 )
 LEVEL = {name: level for level, tier in enumerate(TIERS) for name in tier}
 TOP = len(TIERS)  # modules straight under nostalgia/ and commands: above all packages
@@ -164,7 +165,7 @@ def test_no_cycles(found: list[Import]) -> None:
         ("nostalgia.data.stream", "from nostalgia.models import heads", True),
         ("nostalgia.training.loop", "def f():\n    import nostalgia.evaluation.accuracy", True),
         ("nostalgia.methods.base", "if TYPE_CHECKING:\n    from nostalgia.training.loop import Phase", True),
-        ("nostalgia.reporting.files", "from nostalgia.experiment import run", True),
+        ("nostalgia.logging.files", "from nostalgia.experiment import run", True),
         ("nostalgia.training.loop", "from nostalgia.methods.base import Method", False),
         ("nostalgia.training.loop", "from nostalgia.training.step import train_step", False),
         ("nostalgia.experiment.components", "from nostalgia.config import save", False),
@@ -184,7 +185,7 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_a_dry_run_does_not_wait_for_what_draws_tracks_and_downloads() -> None:
     found = loaded(["dataset=digits", "model=vit_tiny", "--dry-run", "--quiet"])
     assert "torch" in found
-    assert not found & {"matplotlib", "wandb", "datasets", "nostalgia.reporting.drawing"}
+    assert not found & {"matplotlib", "wandb", "datasets", "nostalgia.analysis.drawing"}
 
 
 HEAVY = frozenset({"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "matplotlib", "wandb"}) | {

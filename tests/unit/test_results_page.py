@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.study import choice_table, overview, table
-from nostalgia.reporting.frontier import Frontier, Point, Row, markdown
+from nostalgia.analysis.frontier import Frontier, Point, Row, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
