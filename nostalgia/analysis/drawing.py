@@ -6,17 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 
 from nostalgia.analysis import figures, figures_curvature, figures_theory, figures_training
 from nostalgia.analysis.figure_style import save
 from nostalgia.analysis.figures_own import load_figures
-from nostalgia.analysis.run_folder import RunFolder, TaskCurvature
-from nostalgia.logging.csv_log import Record
+from nostalgia.analysis.run_figure import RunFigure
+from nostalgia.analysis.run_folder import RunFolder
 
 Drawer = Callable[[], Figure]
+
+RUN_FIGURES: tuple[RunFigure, ...] = (
+    *figures.RUN_FIGURES,
+    *figures_training.RUN_FIGURES,
+    *figures_curvature.RUN_FIGURES,
+    *figures_theory.RUN_FIGURES,
+)
+CAPTIONS = {figure.name: figure.caption for figure in RUN_FIGURES}
 
 
 @dataclass
@@ -44,29 +51,7 @@ def draw_comparison(methods: Mapping[str, Sequence[RunFolder]], folder: Path) ->
 
 def run_drawers(run: RunFolder) -> dict[str, Drawer]:
     """By name, the functions that draw the figures of ``run``; they raise ValueError where they cannot."""
-    names = run.tasks
-    spectra = [as_spectrum(c) for c in run.curvature]
-    traces = [c.raw.get("trace") for c in run.curvature]
-    measured = "no accuracies"
-
-    def with_matrix(draw: Drawer) -> Drawer:
-        return lambda: draw() if run.matrix else _cannot(_why(run, measured, "results.json"))
-
-    return {
-        "accuracy_vs_task": with_matrix(lambda: figures.accuracy_vs_task(names, [run.matrix])),
-        "forgetting": with_matrix(lambda: figures.forgetting(names, {run.label: [run.matrix]})),
-        "average_accuracy": with_matrix(lambda: figures.average_accuracy(names, {run.label: [run.matrix]})),
-        "accuracy_matrix": with_matrix(lambda: figures.accuracy_matrix(names, [run.matrix], run.method)),
-        "train_loss": lambda: _because(run, "metrics.csv", lambda: figures_training.train_loss(run.metrics)),
-        "throughput": lambda: _because(run, "metrics.csv", lambda: figures_training.throughput(run.metrics)),
-        "projection": lambda: _because(run, "metrics.csv", lambda: figures_training.projection(run.metrics)),
-        "memory": lambda: _because(run, "memory.csv", lambda: figures_training.memory(run.memory)),
-        "spectrum": lambda: figures_curvature.spectrum(spectra),
-        "curvature_share": lambda: figures_curvature.curvature_share(spectra, traces),
-        "importance": lambda: figures_theory.importance(task_shares(run.curvature)),
-        "subspace_overlap": lambda: figures_curvature.subspace_overlap(*task_angles(run.curvature)),
-        "forgetting_prediction": lambda: figures_theory.forgetting_prediction(by_task(run.forgetting["rows"])),
-    }
+    return {figure.name: partial(figure, run) for figure in RUN_FIGURES}
 
 
 def comparison_drawers(methods: Mapping[str, Sequence[RunFolder]]) -> dict[str, Drawer]:
@@ -82,55 +67,6 @@ def comparison_drawers(methods: Mapping[str, Sequence[RunFolder]]) -> dict[str, 
     return drawers
 
 
-def as_spectrum(curvature: TaskCurvature) -> figures_curvature.Spectrum:
-    density = curvature.raw.get("density")
-    return figures_curvature.Spectrum(
-        task=curvature.task,
-        eigenvalues=curvature.eigenvalues,
-        residuals=curvature.residuals,
-        converged=curvature.converged,
-        density=(density["grid"], density["density"]) if _is_density(density) else None,
-    )
-
-
-def task_angles(
-    curvature: Sequence[TaskCurvature],
-) -> tuple[list[str], dict[tuple[int, int], list[float]]]:
-    """Names of the tasks and (earlier, later) -> principal angles; the files name or number tasks."""
-    names = [c.task for c in curvature]
-    places = {name: i for i, name in enumerate(names)} | {str(c.index): i for i, c in enumerate(curvature)}
-    found = {
-        (places[early], late): angles
-        for late, c in enumerate(curvature)
-        for early, angles in c.principal_angles.items()
-        if places.get(early, late) < late
-    }
-    return names, found
-
-
-def task_shares(curvature: Sequence[TaskCurvature]) -> list[figures_theory.Shares]:
-    """Shares of the parameters of each task whose file has them."""
-    found = []
-    for c in curvature:
-        names, sizes, own, memory = (
-            c.raw.get(key) or [] for key in ("parameters", "parameter_sizes", "importance", "memory_importance")
-        )
-        if names and len(names) == len(sizes) == len(own) and len(memory) in (0, len(names)):
-            found.append(figures_theory.Shares(c.task, names, sizes, own, memory))
-    return found
-
-
-def by_task(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for row in rows:
-        groups.setdefault(row["task"], []).append(row)
-    return groups
-
-
-def _is_density(value: Any) -> TypeGuard[dict[str, list[float]]]:
-    return isinstance(value, dict) and {"grid", "density"} <= set(value)
-
-
 def _draw(drawers: Mapping[str, Drawer], folder: Path) -> Drawn:
     drawn = Drawn()
     for name, draw in drawers.items():
@@ -141,18 +77,3 @@ def _draw(drawers: Mapping[str, Drawer], folder: Path) -> Drawn:
             continue
         drawn.made[name] = save(figure, folder / f"{name}.png")
     return drawn
-
-
-def _because(run: RunFolder, file: str, draw: Drawer) -> Figure:
-    """``draw``, or the reason why its file could not be read."""
-    if file in run.problems:
-        raise ValueError(run.problems[file])
-    return draw()
-
-
-def _why(run: RunFolder, reason: str, file: str) -> str:
-    return f"{reason}: {run.problems[file]}" if file in run.problems else reason
-
-
-def _cannot(reason: str) -> Figure:
-    raise ValueError(reason)

@@ -27,6 +27,7 @@ from nostalgia.analysis.figure_style import (
     task_ticks,
     text_color,
 )
+from nostalgia.analysis.run_figure import ACCURACY, RunFigure
 from nostalgia.evaluation import transfer
 
 Matrices = Sequence[transfer.Matrix]
@@ -261,3 +262,35 @@ def _label(index: int, name: str) -> str:
 def _need(condition: object, reason: str) -> None:
     if not condition:
         raise ValueError(reason)
+
+
+RUN_FIGURES = (
+    RunFigure(
+        "accuracy_matrix",
+        ACCURACY,
+        "Row: after training a task. Column: accuracy on a task's validation images.",
+        lambda run: accuracy_matrix(run.tasks, [run.matrix], run.method),
+        "results.json",
+    ),
+    RunFigure(
+        "forgetting",
+        ACCURACY,
+        "Drop from the best accuracy a task had before; below zero a later task has helped.",
+        lambda run: forgetting(run.tasks, {run.label: [run.matrix]}),
+        "results.json",
+    ),
+    RunFigure(
+        "accuracy_vs_task",
+        ACCURACY,
+        "Each line starts where its task is learned; where it falls, the task is forgotten.",
+        lambda run: accuracy_vs_task(run.tasks, [run.matrix]),
+        "results.json",
+    ),
+    RunFigure(
+        "average_accuracy",
+        ACCURACY,
+        "Mean over the tasks seen so far.",
+        lambda run: average_accuracy(run.tasks, {run.label: [run.matrix]}),
+        "results.json",
+    ),
+)

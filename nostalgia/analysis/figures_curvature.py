@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,6 +21,8 @@ from nostalgia.analysis.figure_style import (
     style,
 )
 from nostalgia.analysis.figures import heat_map
+from nostalgia.analysis.run_figure import CURVATURE, RunFigure
+from nostalgia.analysis.run_folder import TaskCurvature
 
 
 @dataclass(frozen=True)
@@ -172,3 +174,57 @@ def _angle_panel(axes: Axes, tasks: Sequence[str], known: Mapping[tuple[int, int
     axes.set_ylabel("principal angle (degrees)")
     axes.set_title("Principal angles" + ("" if everything else " of neighbouring tasks"))
     key_beside(axes, len(drawn), "between" if len(drawn) <= NAMED_LINES else "earlier of the two tasks")
+
+
+def as_spectrum(curvature: TaskCurvature) -> Spectrum:
+    density = curvature.raw.get("density")
+    return Spectrum(
+        task=curvature.task,
+        eigenvalues=curvature.eigenvalues,
+        residuals=curvature.residuals,
+        converged=curvature.converged,
+        density=(density["grid"], density["density"]) if _is_density(density) else None,
+    )
+
+
+def task_angles(
+    curvature: Sequence[TaskCurvature],
+) -> tuple[list[str], dict[tuple[int, int], list[float]]]:
+    """Names of the tasks and (earlier, later) -> principal angles; the files name or number tasks."""
+    names = [c.task for c in curvature]
+    places = {name: i for i, name in enumerate(names)} | {str(c.index): i for i, c in enumerate(curvature)}
+    found = {
+        (places[early], late): angles
+        for late, c in enumerate(curvature)
+        for early, angles in c.principal_angles.items()
+        if places.get(early, late) < late
+    }
+    return names, found
+
+
+def _is_density(value: Any) -> TypeGuard[dict[str, list[float]]]:
+    return isinstance(value, dict) and {"grid", "density"} <= set(value)
+
+
+RUN_FIGURES = (
+    RunFigure(
+        "spectrum",
+        CURVATURE,
+        "Largest eigenvalues of each task's curvature at its end. The rank cut is where the memory stops.",
+        lambda run: spectrum([as_spectrum(task) for task in run.curvature]),
+    ),
+    RunFigure(
+        "curvature_share",
+        CURVATURE,
+        "How much of a task's curvature its first eigenpairs hold.",
+        lambda run: curvature_share(
+            [as_spectrum(task) for task in run.curvature], [task.raw.get("trace") for task in run.curvature]
+        ),
+    ),
+    RunFigure(
+        "subspace_overlap",
+        CURVATURE,
+        "0: orthogonal eigenspaces, protecting one costs the other nothing. 1: the same directions.",
+        lambda run: subspace_overlap(*task_angles(run.curvature)),
+    ),
+)

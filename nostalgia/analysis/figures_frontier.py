@@ -8,6 +8,11 @@ from matplotlib.figure import Figure
 
 from nostalgia.analysis.frontier import BASELINE, MARGIN, Frontier, Point
 
+CAPTION = (
+    "A curve a method over its strengths, bars of a standard error over seeds. Right of the dotted line learning accuracy is "
+    "within half a point of fine-tuning's."
+)
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
 DASHES = ("-", "--", "-.", ":")
 

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from nostalgia.analysis.figure_style import GREY, key_beside, line_style, new_figure, short, style
+from nostalgia.analysis.run_figure import CURVATURE, PREDICTED, RunFigure
+from nostalgia.analysis.run_folder import TaskCurvature
 from nostalgia.logging.csv_log import Record
 
 ABOVE = "above the bound"
@@ -144,3 +146,39 @@ def group_parameters(names: Sequence[str], rows: int = ROWS) -> dict[str, list[i
 def _summed(values: Sequence[float] | np.ndarray, groups: Mapping[str, Sequence[int]]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     return np.array([array[list(places)].sum() for places in groups.values()])
+
+
+def task_shares(curvature: Sequence[TaskCurvature]) -> list[Shares]:
+    """Shares of the parameters of each task whose file has them."""
+    found = []
+    for c in curvature:
+        names, sizes, own, memory = (
+            c.raw.get(key) or [] for key in ("parameters", "parameter_sizes", "importance", "memory_importance")
+        )
+        if names and len(names) == len(sizes) == len(own) and len(memory) in (0, len(names)):
+            found.append(Shares(c.task, names, sizes, own, memory))
+    return found
+
+
+def by_task(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(row["task"], []).append(row)
+    return groups
+
+
+RUN_FIGURES = (
+    RunFigure(
+        "importance",
+        CURVATURE,
+        "Share of each parameter tensor in the protected directions, weighted by eigenvalue.",
+        lambda run: importance(task_shares(run.curvature)),
+    ),
+    RunFigure(
+        "forgetting_prediction",
+        PREDICTED,
+        "Left: on the line the theory is exact. Right: in the grey the loss rose by more than the bound, so the displacement "
+        "is too large for second order, or the gradient at the task's end was not small.",
+        lambda run: forgetting_prediction(by_task(run.forgetting["rows"])),
+    ),
+)

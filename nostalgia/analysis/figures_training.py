@@ -18,6 +18,7 @@ from nostalgia.analysis.figure_style import (
     short,
     style,
 )
+from nostalgia.analysis.run_figure import TRAINING, RunFigure
 from nostalgia.logging.csv_log import Record
 
 DASH = {"train": "-", "warmup": ":"}
@@ -204,3 +205,29 @@ def _by_task(metrics: Sequence[Record], splits: tuple[str, ...]) -> list[tuple[s
 
 def _dash(index: int) -> str:
     return ("-", "--", "-.", ":")[index % 4]
+
+
+RUN_FIGURES = (
+    RunFigure(
+        "train_loss",
+        TRAINING,
+        "A line for each task; the warm-up trains the new head alone.",
+        lambda run: train_loss(run.metrics),
+        "metrics.csv",
+    ),
+    RunFigure(
+        "projection",
+        TRAINING,
+        "The gradient's share that was removed, and the displacement's that is left in the memory's span.",
+        lambda run: projection(run.metrics),
+        "metrics.csv",
+    ),
+    RunFigure(
+        "throughput",
+        TRAINING,
+        "Images per second over all ranks, between logged steps.",
+        lambda run: throughput(run.metrics),
+        "metrics.csv",
+    ),
+    RunFigure("memory", TRAINING, "Of each rank.", lambda run: memory(run.memory), "memory.csv"),
+)

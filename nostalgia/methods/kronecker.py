@@ -49,8 +49,7 @@ class Kronecker(Method):
 
     def __init__(self, config: KroneckerConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
-        options = ("strength", "num_samples", "draws", "temperature", "budget_bytes")
-        self.tail = make_tail(TailOptions(**{name: getattr(config, name) for name in options}))
+        self.tail = make_tail(TailOptions.of(config))
         self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.distillation = Distillation(config.anchor, config.anchor_temperature)

@@ -78,16 +78,7 @@ class Nostalgia(Method):
         super().__init__(config, seed)
         self.eigenspace = Eigenspace(config)
         self.projector: GradientProjector | None = None
-        self.tail = make_tail(
-            TailOptions(
-                config.tail,
-                config.tail_strength,
-                config.tail_samples,
-                config.tail_draws,
-                config.tail_temperature,
-                config.tail_budget_bytes,
-            )
-        )
+        self.tail = make_tail(TailOptions.of(config, "tail_", kind=config.tail, num_samples=config.tail_samples))
         self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ class TailOptions:
     draws: int = 4
     temperature: float = 4.0
     budget_bytes: int | None = None
+
+    @classmethod
+    def of(cls, config: Any, prefix: str = "", **given: Any) -> TailOptions:
+        """Those of a method's options that have these names after ``prefix``."""
+        names = {item.name: f"{prefix}{item.name}" for item in fields(cls)}
+        return cls(**{name: getattr(config, long) for name, long in names.items() if hasattr(config, long)}, **given)
 
 
 class Tail:

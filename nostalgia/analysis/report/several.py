@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from nostalgia.analysis.aggregate import MethodRow, by_method, doubts, place, same_tasks, summarise
-from nostalgia.analysis.drawing import comparison_drawers
-from nostalgia.analysis.figures_frontier import frontier_figure
+from nostalgia.analysis.drawing import CAPTIONS, comparison_drawers
+from nostalgia.analysis.figures_frontier import CAPTION, frontier_figure
 from nostalgia.analysis.figures_theory import forgetting_prediction
 from nostalgia.analysis.frontier import HEAD, Frontier, cells, note
 from nostalgia.analysis.report.blocks import Block, Code, Page, Pictures, Table, Text, picture
 from nostalgia.analysis.report.tables import HEADS, cost_text, latex_table, markdown_table
-from nostalgia.analysis.report.words import CAPTIONS, fraction
+from nostalgia.analysis.report.words import fraction
 from nostalgia.analysis.run_folder import RunFolder, finished_tasks
 from nostalgia.analysis.settings import differences
 from nostalgia.analysis.strengths import at_chosen, frontier_of
@@ -40,7 +40,7 @@ def comparison_page(runs: Sequence[RunFolder], select_seeds: Sequence[int] = ())
     if found is not None:
         page.add(
             "At equal learning accuracy",
-            picture("frontier", frontier_figure(found), CAPTIONS["frontier"]),
+            picture("frontier", frontier_figure(found), CAPTION),
             _frontier(found),
         )
     if rows and same_tasks(shown):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from nostalgia.analysis.drawing import run_drawers
+from nostalgia.analysis.drawing import CAPTIONS, RUN_FIGURES, run_drawers
 from nostalgia.analysis.figures_own import load_figures
-from nostalgia.analysis.report.blocks import Block, Code, Page, Pairs, Pictures, Table, Text
-from nostalgia.analysis.report.words import CAPTIONS, PREDICTION, fraction, significant
+from nostalgia.analysis.report.blocks import Block, Code, Page, Pairs, Picture, Pictures, Table, Text
+from nostalgia.analysis.report.words import PREDICTION, fraction, significant
+from nostalgia.analysis.run_figure import ACCURACY, CURVATURE, PREDICTED, TRAINING
 from nostalgia.analysis.run_folder import RunFolder, finished_tasks
 from nostalgia.analysis.settings import flat, text_of
 from nostalgia.evaluation import transfer
@@ -31,38 +32,15 @@ def run_page(run: RunFolder, own_figures: Sequence[str] = ()) -> Page:
     own = load_figures(own_figures, drawers)
     pictures = Pictures({**drawers, **{figure.name: partial(figure.draw, run) for figure in own}}, CAPTIONS)
     page = Page(title=_title(run), subtitle=_subtitle(run), cards=_cards(run), notes=_notes(run))
-    page.add(
-        "Accuracy",
-        pictures("accuracy_matrix"),
-        pictures("forgetting"),
-        pictures("accuracy_vs_task"),
-        pictures("average_accuracy"),
-        _task_table(run),
-        _unknown_table(run),
-        _class_table(run),
-    )
-    page.add(
-        "Forgetting, predicted and measured",
-        Text(PREDICTION) if run.forgetting["rows"] else None,
-        pictures("forgetting_prediction"),
-        prediction_table(run),
-        _expansion_table(run),
-    )
-    page.add(
-        "Curvature",
-        pictures("spectrum"),
-        pictures("curvature_share"),
-        pictures("subspace_overlap"),
-        _curvature_table(run),
-        pictures("importance"),
-    )
-    page.add(
-        "Training",
-        pictures("train_loss"),
-        pictures("projection"),
-        pictures("throughput"),
-        pictures("memory"),
-    )
+
+    def of(section: str) -> list[Picture | None]:
+        return [pictures(figure.name) for figure in RUN_FIGURES if figure.section == section]
+
+    page.add(ACCURACY, *of(ACCURACY), _task_table(run), _unknown_table(run), _class_table(run))
+    explained = Text(PREDICTION) if run.forgetting["rows"] else None
+    page.add(PREDICTED, explained, *of(PREDICTED), prediction_table(run), _expansion_table(run))
+    page.add(CURVATURE, *of(CURVATURE), _curvature_table(run))
+    page.add(TRAINING, *of(TRAINING))
     page.add("Your figures", *(pictures(figure.name, figure.caption) for figure in own))
     page.add("Configuration", *configuration(run))
     page.add("Environment", _environment(run))

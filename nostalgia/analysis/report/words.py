@@ -5,24 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-CAPTIONS = {
-    "accuracy_matrix": "Row: after training a task. Column: accuracy on a task's validation images.",
-    "accuracy_vs_task": "Each line starts where its task is learned; where it falls, the task is forgotten.",
-    "forgetting": "Drop from the best accuracy a task had before; below zero a later task has helped.",
-    "average_accuracy": "Mean over the tasks seen so far.",
-    "frontier": "A curve a method over its strengths, bars of a standard error over seeds. Right of the dotted line learning "
-    "accuracy is within half a point of fine-tuning's.",
-    "spectrum": "Largest eigenvalues of each task's curvature at its end. The rank cut is where the memory stops.",
-    "curvature_share": "How much of a task's curvature its first eigenpairs hold.",
-    "subspace_overlap": "0: orthogonal eigenspaces, protecting one costs the other nothing. 1: the same directions.",
-    "importance": "Share of each parameter tensor in the protected directions, weighted by eigenvalue.",
-    "projection": "The gradient's share that was removed, and the displacement's that is left in the memory's span.",
-    "forgetting_prediction": "Left: on the line the theory is exact. Right: in the grey the loss rose by more than the "
-    "bound, so the displacement is too large for second order, or the gradient at the task's end was not small.",
-    "train_loss": "A line for each task; the warm-up trains the new head alone.",
-    "throughput": "Images per second over all ranks, between logged steps.",
-    "memory": "Of each rank.",
-}
 # The word joiner keeps the square at its letter where the line breaks.
 PREDICTION = (
     "At the end of each task its gradient g, its top eigenpairs (λᵢ, qᵢ), the trace of its curvature H (Hutchinson) "
