@@ -144,12 +144,19 @@ def test_what_the_launcher_decides() -> None:
         check_launch(config, device_type="cpu", world_size=2)
 
 
-def test_every_data_set_of_the_catalog_has_a_file() -> None:
+def test_every_data_set_of_the_catalog_goes_by_its_name() -> None:
+    """With a file, which suites name in their defaults, or without."""
     from nostalgia.data.catalog import CATALOG
 
-    files = (config_folder() / "dataset").glob("*.yaml")
-    assert {path.stem: yaml.safe_load(path.read_text())["name"] for path in files} == {name: name for name in CATALOG}
-    assert parse(["dataset=imagenet-r"]).config.dataset.name == "imagenet-r"
+    files = {
+        path.stem: yaml.safe_load(path.read_text())["name"] for path in (config_folder() / "dataset").glob("*.yaml")
+    }
+    assert files == {name: name for name in files}
+    assert set(files) < set(CATALOG)
+    for name in CATALOG:
+        assert parse([f"dataset={name}"]).config.dataset.name == name
+    table = (config_folder().parent / "docs" / "data_and_models.md").read_text()
+    assert all(f"| `{name}` |" in table for name in CATALOG)
 
 
 @pytest.mark.parametrize(
