@@ -42,6 +42,15 @@ class HessianOperator(BatchedOperator):
 
     Raises UsageError for parameters that are not the model's, a curvature set empty on all ranks, or a model
     that changed since the operator took its parameters (call `refresh`); RunFailedError for what is not finite.
+
+    The Hessian of half a squared error is the matrix of second moments of the inputs:
+
+    >>> import torch
+    >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    >>> hessian = HessianOperator(model, lambda m, x: (m(x).square().sum() / 2, len(x)), [inputs])
+    >>> hessian.matvec(torch.tensor([1.0, 0.0])), inputs.T @ inputs / 2
+    (tensor([5., 1.]), tensor([[5., 1.],
+            [1., 2.]]))
     """
 
     METHODS: ClassVar[tuple[str, ...]] = ("exact", "jvp", "finite_difference")
@@ -140,6 +149,15 @@ class GGNOperator(BatchedOperator):
     outputs). ``label_smoothing`` is training's: it changes the loss and its gradient, not G. ``method``: ``exact``
     takes both factors from one graph, kept as `HessianOperator` keeps its own; ``jvp`` is forward then reverse mode,
     with ``compile`` by torch.compile. The rest as for `HessianOperator`.
+
+    At equal probabilities of two classes the output metric is 1/4 [[1, -1], [-1, 1]]:
+
+    >>> import torch
+    >>> model, inputs = torch.nn.Linear(1, 2, bias=False), torch.tensor([[2.0]])
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> ggn = GGNOperator(model, lambda m, b: (m(b[0]), b[1]), [(inputs, torch.tensor([0]))])
+    >>> ggn.matvec(torch.tensor([1.0, 0.0]))
+    tensor([ 1., -1.])
     """
 
     def __init__(

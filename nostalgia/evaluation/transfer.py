@@ -10,6 +10,10 @@ All are fractions. An accuracy that was not measured is None: above the diagonal
 every row but the last. T is the last row with a number, so that the functions also serve a run under way;
 rows may end at the diagonal. bwt, forgetting and fwt are None for one task; what was not measured makes a
 number None.
+
+>>> matrix = [[0.9, None], [0.7, 0.8]]
+>>> acc(matrix), round(bwt(matrix), 3), round(forgetting(matrix), 3), round(learning_accuracy(matrix), 3)
+(0.75, -0.2, 0.2, 0.85)
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ def _open(request: Request) -> tuple[Path, ResumedRun | None]:
         _say(f"passed over: {line}")
     state = found.state()
     with store.readable_checkpoint(found.folder):
+        _refuse_earlier_version(state["config"])
         _keep_precision(config, state["config"], request.resume_override)
         _compare(config, state["config"], request.resume_override)
         run, then = state["run"], state["versions"]
@@ -139,11 +140,6 @@ def _compare(config: Config, saved: dict[str, Any], override: bool) -> None:
     """Raise UsageError naming what differs from the run's configuration and would change its result."""
     mine = flatten(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))  # type: ignore[arg-type]
     theirs = flatten(saved)
-    if "nostalgia" in saved:
-        raise UsageError(
-            "--resume: this run was begun by an earlier version, with which it must be ended; report, figures and evaluate "
-            "still read it"
-        )
     options = method_class(config.method["name"]).Config.__dataclass_fields__.items()
     free = free_keys() | {f"method.{name}" for name, item in options if item.metadata.get("free")}
     keys = [key for key in sorted(mine | theirs) if key not in free]
@@ -152,6 +148,15 @@ def _compare(config: Config, saved: dict[str, Any], override: bool) -> None:
         raise UsageError(
             f"--resume: {'; '.join(changed[:5])}: this would not be the same run; leave it as it was, or give "
             "--resume-override to go on with it all the same"
+        )
+
+
+def _refuse_earlier_version(saved: dict[str, Any]) -> None:
+    """Raise UsageError for a run of 0.1.0, whose configuration had a section of this name."""
+    if "nostalgia" in saved:
+        raise UsageError(
+            "--resume: this run was begun by an earlier version, with which it must be ended; report, figures and evaluate "
+            "still read it"
         )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 def num_bytes(value: float) -> str:
-    """``580 MiB``, ``10.2 GiB``."""
+    """
+    >>> num_bytes(608_174_080), num_bytes(1.1e10)
+    ('580 MiB', '10.2 GiB')
+    """
     for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if value >= 2**power:
             scaled = value / 2**power
