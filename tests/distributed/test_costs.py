@@ -10,7 +10,11 @@ from tests.ranks import run_ranks
 
 
 @pytest.fixture(
-    scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive), pytest.param(8, marks=pytest.mark.long)]
+    scope="module",
+    params=[
+        *(pytest.param(ranks, marks=pytest.mark.exhaustive) for ranks in (2, 4)),
+        pytest.param(8, marks=pytest.mark.long),
+    ],
 )
 def costs(request):
     """By number of ranks, then rank, then wrapping: of one process and of several."""

@@ -8,6 +8,9 @@ from tests.distributed import cases_linalg
 from tests.ranks import run_ranks
 
 
+pytestmark = pytest.mark.exhaustive  # products and eigenpairs on two ranks are in test_operators
+
+
 @pytest.fixture(scope="module")
 def outcome():
     """What each rank returned, by number of ranks; the checks inside the ranks have passed."""

@@ -92,6 +92,7 @@ def test_losses_of_three_ranks_are_those_of_one_process(name: str) -> None:
     check_layouts(name, ranks=3, batch=12, within=1e-10)
 
 
+@pytest.mark.exhaustive
 def test_forgetting_of_merged_adapters_is_predicted_in_their_layers_weights() -> None:
     """Small steps go as the gradient in the weights foretells, though the adapters have begun anew in between."""
     words = [

@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.cases_training import check_runs
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.exhaustive  # losses and gradients of one process and two are in test_methods
+
 FLOAT64 = ["train.precision=64", "nostalgia.precision=float64"]
 VALIDATION = (72, 72)  # images a task
 

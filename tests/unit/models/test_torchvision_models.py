@@ -45,7 +45,13 @@ def saved(tmp_path, arch="squeezenet1_1", **arguments):
     return model, file
 
 
-@pytest.mark.parametrize("arch", architectures())
+TYPICAL = ("resnet18", "vit_b_16", "convnext_tiny", "swin_t", "mobilenet_v3_small", "densenet121")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=() if arch in TYPICAL else pytest.mark.exhaustive) for arch in architectures()],
+)
 def test_every_architecture_loses_its_classifier_and_uses_every_parameter(arch):
     with without_memory():
         model, classifier = bare(arch, {}, 224)
