@@ -7,7 +7,6 @@ import pytest
 from tests.distributed import cases_linalg
 from tests.ranks import run_ranks
 
-
 pytestmark = pytest.mark.exhaustive  # products and eigenpairs on two ranks are in test_operators
 
 
