@@ -45,12 +45,13 @@ def read_options(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
     Raises UsageError for a name that is no field, a value of another type, or one out of range.
 
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True)
-    ... class Options:
-    ...     strength: float = option(1.0, "Of the penalty.", low=0)
-    >>> read_options(Options, {"strength": 3}, "method")
-    Options(strength=3.0)
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Options:
+        ...     strength: float = option(1.0, "Of the penalty.", low=0)
+        >>> read_options(Options, {"strength": 3}, "method")
+        Options(strength=3.0)
     """
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name in values:

@@ -175,17 +175,18 @@ def kronecker_factors(
 
     Raises UsageError for settings that cannot work and for no samples; RunFailedError for factors that are not finite.
 
-    >>> import torch
-    >>> from nostalgia import KroneckerMemory
-    >>> model, batch = torch.nn.Linear(2, 3), (torch.eye(2), torch.tensor([0, 2]))
-    >>> factors = kronecker_factors(model, lambda m, b: (m(b[0]), b[1]), [batch])
-    >>> factors.layers[0].inputs  # the mean of x x^T
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]])
-    >>> memory = KroneckerMemory(strength=10.0)
-    >>> _ = memory.update(factors, dict(model.named_parameters()))
-    >>> float(memory.penalty(dict(model.named_parameters())).detach())  # nothing has moved yet
-    0.0
+    Examples:
+        >>> import torch
+        >>> from nostalgia import KroneckerMemory
+        >>> model, batch = torch.nn.Linear(2, 3), (torch.eye(2), torch.tensor([0, 2]))
+        >>> factors = kronecker_factors(model, lambda m, b: (m(b[0]), b[1]), [batch])
+        >>> factors.layers[0].inputs  # the mean of x x^T
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        >>> memory = KroneckerMemory(strength=10.0)
+        >>> _ = memory.update(factors, dict(model.named_parameters()))
+        >>> float(memory.penalty(dict(model.named_parameters())).detach())  # nothing has moved yet
+        0.0
     """
     metric = OutputMetric(loss, temperature, draws, seed, exact)
     scope = parameters_in_scope(model, parameters)

@@ -45,12 +45,13 @@ class HessianOperator(BatchedOperator):
 
     The Hessian of half a squared error is the matrix of second moments of the inputs:
 
-    >>> import torch
-    >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    >>> hessian = HessianOperator(model, lambda m, x: (m(x).square().sum() / 2, len(x)), [inputs])
-    >>> hessian.matvec(torch.tensor([1.0, 0.0])), inputs.T @ inputs / 2
-    (tensor([5., 1.]), tensor([[5., 1.],
-            [1., 2.]]))
+    Examples:
+        >>> import torch
+        >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> hessian = HessianOperator(model, lambda m, x: (m(x).square().sum() / 2, len(x)), [inputs])
+        >>> hessian.matvec(torch.tensor([1.0, 0.0])), inputs.T @ inputs / 2
+        (tensor([5., 1.]), tensor([[5., 1.],
+                [1., 2.]]))
     """
 
     METHODS: ClassVar[tuple[str, ...]] = ("exact", "jvp", "finite_difference")
@@ -152,12 +153,13 @@ class GGNOperator(BatchedOperator):
 
     At equal probabilities of two classes the output metric is 1/4 [[1, -1], [-1, 1]]:
 
-    >>> import torch
-    >>> model, inputs = torch.nn.Linear(1, 2, bias=False), torch.tensor([[2.0]])
-    >>> _ = torch.nn.init.zeros_(model.weight)
-    >>> ggn = GGNOperator(model, lambda m, b: (m(b[0]), b[1]), [(inputs, torch.tensor([0]))])
-    >>> ggn.matvec(torch.tensor([1.0, 0.0]))
-    tensor([ 1., -1.])
+    Examples:
+        >>> import torch
+        >>> model, inputs = torch.nn.Linear(1, 2, bias=False), torch.tensor([[2.0]])
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> ggn = GGNOperator(model, lambda m, b: (m(b[0]), b[1]), [(inputs, torch.tensor([0]))])
+        >>> ggn.matvec(torch.tensor([1.0, 0.0]))
+        tensor([ 1., -1.])
     """
 
     def __init__(

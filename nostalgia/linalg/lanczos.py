@@ -104,14 +104,15 @@ def lanczos(
     Raises UsageError for a ``k`` outside 1..P or a setting that cannot work, and RunFailedError for a product
     that is not finite.
 
-    >>> import torch
-    >>> from types import SimpleNamespace
-    >>> from nostalgia.linalg.vector_space import VectorSpace
-    >>> values = torch.arange(1.0, 51.0)
-    >>> diagonal = SimpleNamespace(space=VectorSpace.of({"w": values}), matvec=lambda v: values * v)
-    >>> pairs = lanczos(diagonal, k=3, tol=1e-6)
-    >>> [round(float(value), 4) for value in pairs.eigenvalues], bool(pairs.converged.all())
-    ([50.0, 49.0, 48.0], True)
+    Examples:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from nostalgia.linalg.vector_space import VectorSpace
+        >>> values = torch.arange(1.0, 51.0)
+        >>> diagonal = SimpleNamespace(space=VectorSpace.of({"w": values}), matvec=lambda v: values * v)
+        >>> pairs = lanczos(diagonal, k=3, tol=1e-6)
+        >>> [round(float(value), 4) for value in pairs.eigenvalues], bool(pairs.converged.all())
+        ([50.0, 49.0, 48.0], True)
     """
     size = operator.space.size
     if not 1 <= k <= size:

@@ -56,12 +56,13 @@ class VectorSpace:
     Vectors are 1-D tensors of ``local_size`` numbers; blocks are (m, local_size). Inner products come back in
     float64 on ``device`` and are the same on all ranks.
 
-    >>> import torch
-    >>> parameters = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
-    >>> space = VectorSpace.of(parameters)
-    >>> x = space.take(parameters.values())
-    >>> space.size, float(space.dot(x, x))
-    (6, 4.0)
+    Examples:
+        >>> import torch
+        >>> parameters = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+        >>> space = VectorSpace.of(parameters)
+        >>> x = space.take(parameters.values())
+        >>> space.size, float(space.dot(x, x))
+        (6, 4.0)
     """
 
     def __init__(

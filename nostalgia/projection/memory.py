@@ -39,15 +39,16 @@ class CurvatureMemory:
     ``auto`` replicates where the fullest basis fits in ``budget_bytes`` (projection then needs no collective of size
     P); shards of FSDP2 are never replicated.
 
-    >>> import torch
-    >>> from nostalgia import HessianOperator, lanczos
-    >>> model = torch.nn.Linear(3, 1, bias=False)
-    >>> memory = CurvatureMemory(k=1)
-    >>> for row in torch.eye(3)[:2]:  # two tasks, a direction each
-    ...     hessian = HessianOperator(model, lambda m, x: (m(x).square().sum(), len(x)), [row[None]])
-    ...     _ = memory.update(lanczos(hessian, k=1))
-    >>> memory.columns
-    2
+    Examples:
+        >>> import torch
+        >>> from nostalgia import HessianOperator, lanczos
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> memory = CurvatureMemory(k=1)
+        >>> for row in torch.eye(3)[:2]:  # two tasks, a direction each
+        ...     hessian = HessianOperator(model, lambda m, x: (m(x).square().sum(), len(x)), [row[None]])
+        ...     _ = memory.update(lanczos(hessian, k=1))
+        >>> memory.columns
+        2
     """
 
     def __init__(

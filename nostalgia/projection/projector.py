@@ -38,17 +38,18 @@ class GradientProjector:
     memory was computed with. An empty memory projects nothing. The parameters' values at construction are the anchor
     from which displacements are measured. ``metric_every``: constrained steps between two looks at the optimizer's metric.
 
-    >>> import torch
-    >>> from nostalgia import CurvatureMemory, HessianOperator, lanczos
-    >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[2.0, 0.0]])
-    >>> hessian = HessianOperator(model, lambda m, x: (m(x).square().sum() / 2, len(x)), [inputs])
-    >>> memory = CurvatureMemory(k=1)
-    >>> _ = memory.update(lanczos(hessian, k=1))
-    >>> projector = GradientProjector(memory, dict(model.named_parameters()))
-    >>> model.weight.grad = torch.ones(1, 2)
-    >>> _ = projector.project_gradients()
-    >>> [round(abs(float(g)), 5) for g in model.weight.grad[0]]  # the old task's one direction is out
-    [0.0, 1.0]
+    Examples:
+        >>> import torch
+        >>> from nostalgia import CurvatureMemory, HessianOperator, lanczos
+        >>> model, inputs = torch.nn.Linear(2, 1, bias=False), torch.tensor([[2.0, 0.0]])
+        >>> hessian = HessianOperator(model, lambda m, x: (m(x).square().sum() / 2, len(x)), [inputs])
+        >>> memory = CurvatureMemory(k=1)
+        >>> _ = memory.update(lanczos(hessian, k=1))
+        >>> projector = GradientProjector(memory, dict(model.named_parameters()))
+        >>> model.weight.grad = torch.ones(1, 2)
+        >>> _ = projector.project_gradients()
+        >>> [round(abs(float(g)), 5) for g in model.weight.grad[0]]  # the old task's one direction is out
+        [0.0, 1.0]
     """
 
     def __init__(

@@ -256,7 +256,7 @@ def test_error_lines_are_the_program_s() -> None:
 @pytest.mark.exhaustive
 def test_files_of_a_run_are_there(driven: dict[str, tuple[int, str]], place: Path) -> None:
     """Each file that docs/runs.md names is in the folder of a finished run."""
-    section = PAGES["runs.md"].split("With `A[t][u]`")[0]
+    section = PAGES["runs.md"].split("With `A[t, u]`")[0]
     names = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
     assert len(names) >= 10
     run = place / "runs" / "demo" / "latest"
