@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -20,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nostalgia.config.aliases import EVERY_METHOD, present_key, translate_saved
 from nostalgia.config.checks import check
-from nostalgia.config.saved import load_saved
+from nostalgia.config.saved import load_saved, load_suite
 from nostalgia.config.schema import Config
 from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
@@ -208,15 +207,8 @@ def _suite(given: str) -> str:
     """The name that Hydra knows a suite by; one in a file of the user's own is made known to it."""
     if not given.endswith((".yaml", ".yml")):
         return given
-    path = Path(given)
-    try:
-        content = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except FileNotFoundError:
-        raise UsageError(f"--suite {given}: no such file; a suite that comes along goes by its name alone") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"--suite {given}: cannot be read ({' '.join(str(error).split())})") from None
-    name = OWN_SUITE + re.sub(r"\W", "_", path.stem)
-    ConfigStore.instance().store(group="suite", name=name, node=content, package="_global_")
+    name = OWN_SUITE + re.sub(r"\W", "_", Path(given).stem)
+    ConfigStore.instance().store(group="suite", name=name, node=load_suite(given), package="_global_")
     return name
 
 

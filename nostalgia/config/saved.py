@@ -1,4 +1,4 @@
-"""A configuration that a run has saved, read again: plain values, whoever wrote them."""
+"""Configurations in files: one that a run has saved, plain values whoever wrote them, and a suite of the user's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nostalgia.errors import UsageError
 from nostalgia.utils.yaml_files import why_not_plain
@@ -42,3 +43,16 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
+
+
+def load_suite(given: str) -> DictConfig:
+    """The user's own suite in the file ``given``, as Hydra reads the others; raises UsageError for what is none."""
+    try:
+        content = OmegaConf.load(given)
+    except FileNotFoundError:
+        raise UsageError(f"--suite {given}: no such file; a suite that comes along goes by its name alone") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"--suite {given}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, DictConfig):
+        raise UsageError(f"--suite {given}: it is a list; wanted are sections with keys, as in configs/suite/")
+    return content

@@ -97,7 +97,7 @@ def hooks_note(name: str) -> str:
 def _check_hooks(name: str, kind: type[Method]) -> None:
     """Raise UsageError for a hook that a run could not call, and for state that nothing would take up."""
     for hook, base in vars(Method).items():
-        own = getattr(kind, hook, None)
+        own = inspect.getattr_static(kind, hook)
         if hook.startswith("_") or not inspect.isfunction(base) or not inspect.isfunction(own):
             continue
         wanted = [p.name for p in inspect.signature(base).parameters.values()]

@@ -107,6 +107,18 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     file.write_text("a: [")
     with pytest.raises(UsageError, match="cannot be read"):
         parse(["--suite", str(file)])
+    file.write_text("methods: {pull: {strength: 1e-4}}\n")  # a number to OmegaConf, a text to PyYAML
+    config = parse(["--suite", str(file), "method=hooked:Pull"]).config
+    complete_method(config)
+    assert config.method["strength"] == 1e-4
+    for text, message in (
+        ("- a\n", "it is a list"),
+        ("only words\n", "only words"),
+        ("a: 1\na: 2\n", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            parse(["--suite", str(file)])
     file.write_text("experiment: {nam: x}")
     with pytest.raises(UsageError, match="nam"):
         parse(["--suite", str(file)])
