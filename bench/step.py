@@ -273,7 +273,7 @@ class Pair:
         return TaskContext(
             index=2, tasks=[task, task], num_tasks=2, model=model, parameters=scope, space=space, objective=Objective(),
             accelerator=self.accelerator, curvature=CurvatureOptions(), seed=0, head=len(model.heads) - 1, image_bytes=0,
-            samples=samples, loader=no_exemplars, augmented=False,
+            samples=samples, loader=no_exemplars,
         )  # fmt: skip
 
 

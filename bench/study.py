@@ -132,14 +132,17 @@ class Study:
         self.options = options
         self.streams = streams(options.glyphs.resolve())
         model = (f"model={options.model}", f"model.model_id={options.weights.resolve()}")
-        self.words = ("--quiet", *model, *TRAINING, *words)
+        self.words, self.last = ("--quiet", *model, *TRAINING), tuple(words)
         known = {**ARMS, **WHOLE_ARMS, **VARIANTS}
         self.arms = {name: known[name] for name in options.arms.split(";")}
+        self.wanted = options.streams.split(";") if options.streams else list(self.streams)
+        if odd := set(self.wanted) - set(self.streams):
+            raise SystemExit(f"--streams: {', '.join(sorted(odd))}: allowed are {'; '.join(self.streams)}")
 
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
         words = [*self.words, *self.streams[stream], f"method={arm.method}", *arm.words, f"experiment.seed={seed}"]
-        words += [f"method.{option}={value:.12g}" for option, value in candidate.items()]
+        words += [*(f"method.{option}={value:.12g}" for option, value in candidate.items()), *self.last]
         label = f"{name} {shown(candidate)}".strip()
         folder = self.options.out / f"{stream}/{label}/seed{seed}".replace(" ", "_").replace(",", "")
         return Job(f"{stream}: {label}, seed {seed}", folder, tuple(words), measures(folder) is not None)
@@ -170,7 +173,7 @@ class Study:
         chosen = self.chosen()
         for seed in seeds:
             for stream in list(self.streams)[len(CHOOSING_STREAMS) :]:
-                for name, candidate in chosen.items():
+                for name, candidate in chosen.items() if stream in self.wanted else ():
                     yield stream, name, seed, self.job(stream, name, candidate, seed)
 
 
@@ -204,7 +207,7 @@ def summary(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         {"stream": stream, "arm": name, "seed": seed, **(measures(job.folder) or {"failed": str(job.log)})}
         for stream, name, seed, job in study.reported(seeds)
     ]
-    return {"words": study.words, "chosen": study.chosen(), "choice": choice, "runs": runs}
+    return {"words": (*study.words, *study.last), "chosen": study.chosen(), "choice": choice, "runs": runs}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -296,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--glyphs", type=Path, required=True, help="what python -m bench.glyphs wrote")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="reported (default %(default)s)")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons; default: %(default)s")
+    parser.add_argument("--streams", help="reported, separated by semicolons (default: all)")
     parser.add_argument("--chosen", type=Path, metavar="FILE", help="take the strengths of this study.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no run after that")

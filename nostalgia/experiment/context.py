@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -51,9 +51,27 @@ def task_context(
         image_bytes=3 * run.view.resizing.size**2,
         samples=samples,
         loader=loader,
-        augmented=any(policy != "none" for policy in run.augmentations(tasks)),
+        every_image=None if _augmented(run, tasks) else lambda: _every_image(run, tasks, places),
+        passes=_passes(run, tasks),
         pause=pause,
     )
+
+
+def _augmented(run: Components, tasks: Sequence[Task]) -> bool:
+    return any(policy != "none" for policy in run.augmentations(tasks))
+
+
+def _every_image(run: Components, tasks: Sequence[Task], places: Sequence[int]) -> Iterator[Batch]:
+    for step in run.loader(list(tasks), train=True, heads=places).epoch(0):
+        yield from step.micro_batches
+
+
+def _passes(run: Components, tasks: Sequence[Task]) -> float:
+    """How often training sees each image of ``tasks``."""
+    epochs, steps = run.epochs(tasks[0]), run.config.train.max_steps_per_epoch
+    if steps is None:
+        return float(epochs)
+    return epochs * min(1.0, steps * run.global_batch_size / max(1, sum(len(task.train) for task in tasks)))
 
 
 def curvature_samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +60,10 @@ class TaskContext:
     """``loader(exemplars)``: training batches of stored (task, index) pairs; their heads must be in the model."""
     validate: Callable[[], float] = lambda: 0.0
     """In `Method.end_task`: mean validation accuracy over the tasks seen, of the network as it stands. A collective."""
-    augmented: bool = True  # whether training images differ from epoch to epoch
+    every_image: Callable[[], Iterator[Batch]] | None = None
+    """``every_image()``: this rank's share of all training images of the task, each once, as every epoch shows them. None where
+    augmentation changes them from epoch to epoch. A rank's batches are as many as another's; padded rows have weight 0."""
+    passes: float = 0.0  # how often the task's training sees each of them
 
     @property
     def wants_curvature(self) -> bool:

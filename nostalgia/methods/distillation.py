@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,23 @@ from nostalgia.methods.base import TaskContext
 from nostalgia.models.objective import Output
 from nostalgia.parallel.modules import frozen_copy, inner_module, named_parameters
 
+REMEMBERED_BYTES = 2**30
+
 
 class Distillation:
     """strength sum_{u<t} T^2 KL(softmax(z_u^old / T) || softmax(z_u / T)), summed over the batch by its weights.
 
     The teacher is the network as a task begins: the end of the task before. It needs the heads of all tasks in the model
-    (`Method.all_heads`), frozen. One forward pass a step; a copy of what is trained while the task lasts. Nothing at
-    strength 0, and in the first task.
+    (`Method.all_heads`), frozen. Its outputs cost one forward pass a step, or one pass over the task's images in all where
+    training sees them more often and none is augmented (`REMEMBERED_BYTES` at most, on every rank). A copy of what is
+    trained lasts as long as the task. Nothing at strength 0, and in the first task.
     """
 
     def __init__(self, strength: float, temperature: float) -> None:
         self.strength, self.temperature = strength, temperature
         self.teacher: nn.Module | None = None
         self._kept: dict[str, Tensor] = {}  # the teacher's tensors that another task's teacher has not
+        self._remembered: list[Tensor] | None = None  # of every training image: (images, classes) of each earlier head
 
     def begin(self, task: TaskContext) -> None:
         self.end()
@@ -45,17 +49,18 @@ class Distillation:
         """Add the term to the loss of ``output``, the model's own on ``batch``."""
         if self.teacher is None:
             return
-        with torch.no_grad(), self.task.accelerator.autocast():
-            old = self.teacher(batch.images)
+        # Not in `begin`: a run that resumes within the task puts the teacher back after it.
+        if self._remembered is None and self._worth_remembering():
+            self._remembered = self._of_every_image()
+        old = self._taught(batch) if self._remembered is None else [z[batch.indices] for z in self._remembered]
         total = output.loss
-        for head, (now, then) in enumerate(zip(output.logits, old, strict=True)):
-            if head != self.task.head:
-                total = total + self.strength * (divergence(now, then, self.temperature) * batch.weights).sum()
+        for now, then in zip(self._earlier(output.logits), old, strict=True):
+            total = total + self.strength * (divergence(now, then, self.temperature) * batch.weights).sum()
         output.loss = total
 
     def end(self) -> None:
         """Let the teacher go."""
-        self.teacher, self._kept = None, {}
+        self.teacher, self._kept, self._remembered = None, {}, None
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._kept)
@@ -71,13 +76,47 @@ class Distillation:
         for name, value in self._kept.items():
             value.copy_(state[name])
 
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> list[Tensor]:
+        """The teacher's logits (B, C) of each earlier head."""
+        assert self.teacher is not None
+        with self.task.accelerator.autocast():
+            return self._earlier(self.teacher(batch.images))
+
+    def _earlier(self, logits: Sequence[Tensor]) -> list[Tensor]:
+        return [z for head, z in enumerate(logits) if head != self.task.head]
+
+    def _worth_remembering(self) -> bool:
+        task = self.task
+        if task.every_image is None or task.passes <= 1:
+            return False
+        classes = sum(len(t.classes) for t in task.tasks[:-1])
+        return len(task.tasks[-1].train) * classes * torch.float32.itemsize <= REMEMBERED_BYTES
+
+    def _of_every_image(self) -> list[Tensor]:
+        """The teacher's logits (images, C) of each earlier head; each rank computes its share. A collective."""
+        task, found = self.task, list[Tensor]()
+        assert task.every_image is not None
+        for batch in task.every_image():
+            old, own = self._taught(batch), batch.valid
+            found = found or [
+                z.new_zeros(len(task.tasks[-1].train), z.shape[1], dtype=_wide(z.dtype)) for z in old
+            ]
+            for all_images, z in zip(found, old, strict=True):
+                all_images[batch.indices[own]] = z[own].to(all_images.dtype)
+        return [cast(Tensor, task.accelerator.reduce(z, "sum")) for z in found]
+
 
 def divergence(now: Tensor, then: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(then / T) || softmax(now / T)) of each row (B,), of logits (B, C)."""
-    wide = torch.promote_types(now.dtype, torch.float32)
+    wide = _wide(now.dtype)
     log_now = F.log_softmax(now.to(wide) / temperature, dim=1)
     log_then = F.log_softmax(then.to(wide) / temperature, dim=1)
     return temperature**2 * (log_then.exp() * (log_then - log_now)).sum(dim=1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _has_earlier_heads(model: nn.Module) -> bool:

@@ -57,6 +57,11 @@ CASES["isotropic"] = ["method=nostalgia", "method.top_k=3", "method.tail=isotrop
 CASES["shared head"] = [
     "method=lwf", "experiment.tasks=null", "experiment.split=classes", "experiment.num_tasks=3", "experiment.head=shared",
 ]  # fmt: skip
+# Images that are not augmented and seen more than once: the teacher's logits are gathered over ranks.
+CASES["remembered logits"] = [
+    "method=lwf", "method.strength=1", "dataset.augment=none", "train.epochs_per_task=[1,4]",
+    "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
+]  # fmt: skip
 
 
 # Of each kind one; the others by -m exhaustive.

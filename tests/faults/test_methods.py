@@ -18,6 +18,7 @@ METHODS = {
     "ewc": ["method.strength=100", "method.num_samples=32"],
     "si": ["method.strength=10"],
     "lwf": ["method.strength=1"],
+    "lwf remembered": ["method.strength=1", "dataset.augment=none", "train.epochs_per_task=[1,2]"],
     "er": ["method.budget_bytes=6000"],
     "derpp": ["method.budget_bytes=6000"],
     "agem": ["method.budget_bytes=6000", "method.reference_size=8"],

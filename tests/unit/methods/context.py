@@ -56,6 +56,7 @@ class Sequence2:
         self.space = VectorSpace.of(scope)
         self.accelerator = Accelerator(cpu=True)
         self.model: TaskModel = None  # type: ignore[assignment]
+        self.passes = 1.0
 
     def context(self, method: Method, index: int) -> TaskContext:
         chosen = self.heads[:index] if method.all_heads else [self.heads[index - 1]]
@@ -92,7 +93,8 @@ class Sequence2:
             image_bytes=3 * SIDE**2,
             samples=samples,
             loader=loader,
-            augmented=False,
+            every_image=lambda: iter(samples(12)),
+            passes=self.passes,
         )
 
     def begin(self, method: Method, index: int) -> TaskContext:

@@ -126,6 +126,31 @@ def test_lwf_distils_the_old_heads_outputs() -> None:
     assert_equal(run.gradients(lwf), run.plain_gradients(term))
 
 
+@pytest.mark.parametrize(("passes", "forwards"), [(1.0, 2), (1.5, 3)])
+def test_lwf_asks_its_teacher_once_for_each_image_where_that_costs_less(passes: float, forwards: int) -> None:
+    """Of 12 images in batches of 5, 5 and 2, or of 12 at each of two steps: with the same gradients to 1e-10."""
+    run, lwf = Sequence2(), method("lwf", strength=0.8, temperature=3)
+    run.first_task(lwf)
+    run.passes = passes
+    run.begin(lwf, 2)
+    asked: list[int] = []
+    lwf.distillation.teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(arguments[0])))
+    teacher = copy.deepcopy(run.backbone)
+    found = []
+    for _ in range(2):
+        moved(run)
+        found.append(run.gradients(lwf))
+        images, head = run.batch(lwf).images, run.heads[0]
+
+        def term(parameters: dict[str, Tensor]) -> Tensor:
+            q, p = (head(teacher(images)).detach() / 3).softmax(1), (head(run.backbone(images)) / 3).softmax(1)  # noqa: B023
+            return 0.8 * 9 * (q * (q.log() - p.log())).sum() / 12
+
+        assert_equal(found[-1], run.plain_gradients(term))
+    assert len(asked) == forwards
+    assert sum(asked) == (24 if passes == 1 else 12)
+
+
 def test_er_adds_the_mean_loss_of_paired_exemplars() -> None:
     run, er = Sequence2(), method("er", budget_bytes=7 * 12, strength=0.6)
     run.first_task(er)
