@@ -40,6 +40,7 @@ class Batch:
     tasks: Tensor  # (B,) int64, which of the model's heads is the sample's
     epoch: int = 0  # counts from 1 in training
     draw: int | None = None  # of a training step: with a sample, what decides which elements are dropped
+    head: int | None = None  # that of all samples, where it is known without a look at ``tasks``
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -102,9 +102,9 @@ def curvature_samples(
             world_size=run.accelerator.num_processes,
         ),
     )
-    places = torch.tensor(list(heads))
     for batch in batches:
-        batch.tasks = places.to(batch.tasks.device)[batch.tasks]
+        batch.head = heads[int(batch.tasks[0])]
+        batch.tasks = torch.full_like(batch.tasks, batch.head)
     return batches
 
 

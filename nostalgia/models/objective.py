@@ -72,6 +72,8 @@ class Objective:
         logits = model(batch.images)
         if len(logits) == 1:
             return logits[0], batch.labels
+        if batch.head is not None:  # a batch that `torch.func.vmap` has cut up cannot be looked at
+            return logits[batch.head], batch.labels
         heads = batch.tasks.unique().tolist()
         if len(heads) != 1:
             raise UsageError(

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from nostalgia.analysis.drawing import Drawn, run_drawers
+from nostalgia.analysis.drawing import run_drawers
 from nostalgia.analysis.run_folder import read_run
 from nostalgia.config import parse
 from nostalgia.config.checks import check_launch
-from nostalgia.experiment import deliverables
 from nostalgia.experiment import run as whole_run
 from nostalgia.experiment.observer import PhaseObserver
 from nostalgia.parallel.accelerator import launch_info, make_accelerator
@@ -25,7 +24,7 @@ WORDS = (
     "model.config.patch_size=4", "train.epochs=2", "train.warmup_epochs=0", "train.head_warmup_epochs=1",
     "train.lr=3e-3", "train.log_every_n_steps=1", "nostalgia.top_k=4", "nostalgia.num_samples=31",
     "nostalgia.tol=0.01", "nostalgia.guard_every_n_steps=5", "nostalgia.spectral_density=true",
-    "nostalgia.density_runs=2", "nostalgia.density_steps=4",
+    "nostalgia.density_runs=2", "nostalgia.density_steps=4", "logger.report=false",
     "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
 )  # fmt: skip
 
@@ -47,7 +46,6 @@ def measured(words: list[str], *, fsdp: bool) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("ACCELERATE_USE_FSDP", "true" if fsdp else "false")
         patch.setattr(PhaseObserver, "step_taken", record_step)
-        patch.setattr(deliverables, "draw_run", lambda *_: Drawn())  # takes longer than the run
         request = parse([*WORDS, f"experiment.output_dir={folder}", *words])
         launch = launch_info()
         precision = check_launch(request.config, device_type=launch.device_type, world_size=launch.world_size)

@@ -11,6 +11,7 @@ from tests.faults.soak import Soak
 SHORT = [
     "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
     "train.head_warmup_epochs=0", "train.epochs=1", "train.max_eval_batches=1", "experiment.export=false",
+    "logger.report=false",
 ]  # fmt: skip
 LORA = ["model.use_lora=true", "model.lora.r=2"]
 METHODS = {

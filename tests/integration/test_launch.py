@@ -29,6 +29,7 @@ TINY = (
     "train.accelerator=cpu", "experiment.tasks=[digits,digits]",
     "nostalgia.top_k=2", "nostalgia.num_samples=32", "nostalgia.tol=0.2", "train.head_warmup_epochs=0",
     "dataset.batch_size=16", "nostalgia.predict_forgetting=false", "logger.tensorboard=false",
+    "logger.report=false",
 )  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def test_two_nodes_with_fsdp_are_one(tmp_path: Path) -> None:
 SHORT = (
     "--suite", "demo", "--quiet", "train.accelerator=cpu", "train.epochs=4", "train.head_warmup_epochs=0",
     "nostalgia.top_k=4", "nostalgia.num_samples=64", "nostalgia.tol=0.1", "train.log_every_n_steps=1",
-    "train.checkpoint_every_steps=5",
+    "train.checkpoint_every_steps=5", "logger.report=false",
 )  # fmt: skip
 
 

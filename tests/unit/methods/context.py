@@ -71,7 +71,7 @@ class Sequence2:
                 images, VIEW, name="x", num_samples=count, batch_size=batch_size or 5, seed=0, rank=0, world_size=1
             )
             for batch in batches:
-                batch.tasks = torch.full_like(batch.tasks, head)
+                batch.tasks, batch.head = torch.full_like(batch.tasks, head), head
             return batches
 
         def loader(exemplars: Sequence[Exemplar]) -> ExemplarLoader:

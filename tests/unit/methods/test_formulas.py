@@ -151,6 +151,20 @@ def test_lwf_asks_its_teacher_once_for_each_image_where_that_costs_less(passes: 
     assert sum(asked) == (24 if passes == 1 else 12)
 
 
+def test_factors_of_a_model_with_several_heads_cost_as_many_passes_as_with_one() -> None:
+    """Two a batch: one for the layers, one under vmap for the norm's single samples, of 12 samples in three batches."""
+    run = Sequence2(lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4)))
+    kronecker = method("kronecker", anchor=0.5, num_samples=12, draws=2)
+    run.first_task(kronecker)
+    context = run.begin(kronecker, 2)
+    run.steps(kronecker)
+    passes: list[int] = []
+    run.backbone.register_forward_hook(lambda module, arguments, output: passes.append(len(arguments[0])))
+    kronecker.end_task(context)
+    assert len(context.model.heads) == 2
+    assert len(passes) == 6
+
+
 def test_er_adds_the_mean_loss_of_paired_exemplars() -> None:
     run, er = Sequence2(), method("er", budget_bytes=7 * 12, strength=0.6)
     run.first_task(er)
