@@ -221,15 +221,15 @@ class Adapter:
 
 
 @torch.no_grad()
-def add_gradient(parameter: nn.Parameter, change: Tensor) -> None:
-    """Add ``change``, whole, to the gradient of a parameter that may be a shard: no communication."""
+def add_gradient(parameter: nn.Parameter, change: Tensor, times: float = 1.0) -> None:
+    """Add ``times`` ``change``, whole, to the gradient of a parameter that may be a shard: no communication."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     if isinstance(parameter, DTensor):
         mine = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.grad.to_local().add_(mine.to_local())  # type: ignore[attr-defined]
+        parameter.grad.to_local().add_(mine.to_local(), alpha=times)  # type: ignore[attr-defined]
     else:
-        parameter.grad.add_(change.to(parameter.dtype))
+        parameter.grad.add_(change.to(parameter.dtype), alpha=times)
 
 
 def adapters_of(backbone: nn.Module) -> dict[str, Adapter]:

@@ -99,10 +99,11 @@ class KroneckerMemory:
             if layer.scaling is None:
                 (name,) = layer.parameters
                 change = self._change(name, parameters).flatten(1)
-                force = (layer.outputs @ change @ layer.inputs).sum(dim=0)
-                add_gradient(parameters[name], self.strength * force.view(parameters[name].shape))
+                through = torch.bmm(change.expand(len(layer.inputs), -1, -1), layer.inputs)
+                force = layer.outputs.flatten(0, 1).T @ through.flatten(0, 1)  # sum_t G_t D A_t, G_t symmetric
+                add_gradient(parameters[name], force.view(parameters[name].shape), self.strength)
         for name, diagonal in self.diagonal.items():
-            add_gradient(parameters[name], self.strength * diagonal * self._change(name, parameters))
+            add_gradient(parameters[name], diagonal * self._change(name, parameters), self.strength)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """R at ``parameters`` (0-dim), differentiable in them where they are plain tensors."""
