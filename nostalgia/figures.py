@@ -35,7 +35,7 @@ def _main(arguments: list[str]) -> None:
         description="Draw every figure that run folders allow: of one run, or of several finished ones side by side.",
         epilog=EPILOG,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
+    parser.run_folders()
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: RUN_DIR/results/figures, ./figures for several"
     )

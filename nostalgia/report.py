@@ -28,7 +28,7 @@ def _main(arguments: list[str]) -> None:
         description="Write the report of a run, finished or not; several runs are put side by side.",
         epilog=EPILOG,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
+    parser.run_folders()
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: RUN_DIR/results/report.html, ./report.html for several runs"
     )

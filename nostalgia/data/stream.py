@@ -52,7 +52,7 @@ class Batch:
 
     def followed_by(self, other: Batch) -> Batch:
         """The rows of this batch, then those of ``other``."""
-        joined = {
+        joined: dict[str, Any] = {
             name: torch.cat([getattr(self, name), getattr(other, name)])
             for name in ("images", "labels", "weights", "indices", "tasks")
         }

@@ -99,9 +99,7 @@ class Distillation:
         assert task.every_image is not None
         for batch in task.every_image():
             old, own = self._taught(batch), batch.valid
-            found = found or [
-                z.new_zeros(len(task.tasks[-1].train), z.shape[1], dtype=_wide(z.dtype)) for z in old
-            ]
+            found = found or [z.new_zeros(len(task.tasks[-1].train), z.shape[1], dtype=_wide(z.dtype)) for z in old]
             for all_images, z in zip(found, old, strict=True):
                 all_images[batch.indices[own]] = z[own].to(all_images.dtype)
         return [cast(Tensor, task.accelerator.reduce(z, "sum")) for z in found]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from nostalgia.errors import NostalgiaError, UsageError
 
@@ -26,6 +27,10 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"command line: {message}; --help shows examples")
 
+    def run_folders(self) -> None:
+        """Add ``runs``, folders, one or more."""
+        self.add_argument("runs", nargs="+", metavar="RUN_DIR", action=_RunFolders, help="folder of a run")
+
     def own_figures(self) -> None:
         """Add ``--figure``, a list."""
         self.add_argument(
@@ -35,6 +40,17 @@ class CommandParser(argparse.ArgumentParser):
             metavar="MODULE:FUNCTION",
             help="a figure of your own too: a function of one run's folder (docs/runs.md); may be repeated",
         )
+
+
+class _RunFolders(argparse.Action):
+    """Paths; without the log that a sweep leaves beside each folder, which ``runs/demo/finetune/seed*`` brings along."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        given = [Path(value) for value in values]
+        runs = [path for path in given if path.suffix != ".log" or path.with_suffix("") not in given]
+        setattr(namespace, self.dest, runs)
 
 
 def ended(command: Callable[[list[str]], int | None], arguments: Sequence[str] | None) -> int:

@@ -25,6 +25,7 @@ WORDS = (
     "train.lr=3e-3", "train.log_every_n_steps=1", "nostalgia.top_k=4", "nostalgia.num_samples=31",
     "nostalgia.tol=0.01", "nostalgia.guard_every_n_steps=5", "nostalgia.spectral_density=true",
     "nostalgia.density_runs=2", "nostalgia.density_steps=4", "logger.report=false",
+    "dataset.augment=default",
     "experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ SMALL = (
     "nostalgia.top_k=4", "nostalgia.num_samples=32", "nostalgia.tol=0.1", "train.log_every_n_steps=1",
     "train.checkpoint_every_steps=3", "nostalgia.checkpoint_every_n_products=5", "train.max_eval_batches=2",
     "model.config.hidden_dropout_prob=0.1", "logger.tensorboard=false",
+    "dataset.augment=default",
 )  # fmt: skip
 
 

@@ -134,7 +134,10 @@ def test_compare_prints_one_table_and_the_paths(tmp_path: Path) -> None:
     figures.draw(nostalgia)
     stream = io.StringIO()
     compare.compare([nostalgia, finetune, nostalgia], Console(file=stream, width=80, color_system=None))
-    assert figures.main([str(nostalgia), str(finetune), "--out", str(tmp_path / "figs")]) == 0
+    given = [
+        str(tmp_path / name) for name in ("f", "f.log", "n", "n.log")
+    ]  # as a star finds them beside a sweep's logs
+    assert figures.main([*given, "--out", str(tmp_path / "figs")]) == 0
     text = stream.getvalue()
     words = [line.split() for line in text.splitlines()]
     assert ["nostalgia", "0", "0.717", "-", "-0.200", "0.225", "0.850", "0.100", "60.0", "-", "-"] in words
