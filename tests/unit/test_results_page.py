@@ -29,10 +29,11 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
 
 def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
     found = [
-        study(name) for name in ("study", "study_variants", "study_four_seeds", "study_resnet", "study_cpu", "demo")
+        study(name)
+        for name in ("study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_cpu", "demo")
     ]
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 494
+    assert len(runs) == 498
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -111,6 +112,15 @@ def test_the_rows_of_the_resnet_are_its_runs() -> None:
         )
     for run in found["choice"]:
         assert f"{run['acc']:.3f} | {run['bwt']:.3f} | {run['learning_accuracy']:.3f}" in page
+
+
+def test_the_rows_of_the_vit_trained_whole_are_its_runs() -> None:
+    page, runs = (DOCS / "results.md").read_text().split("## The ViT, the whole")[1], study("study_whole")["runs"]
+    for run in runs:
+        figures = " | ".join(f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy"))
+        assert f"| {run['stream']} | {run['arm'].removesuffix(', whole')} | {figures} |" in page
+    left = [100 * method["bwt"] / plain["bwt"] for plain, method in zip(runs[::2], runs[1::2], strict=True)]
+    assert f"So {left[0]:.0f} and {left[1]:.0f} % of fine-tuning's forgetting" in page
 
 
 def test_the_rows_of_the_seeds_run_on_a_cpu_are_its_runs() -> None:
