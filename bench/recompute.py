@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         plain = [
             measures(run)["bwt"] for seed, run in own.get(("finetune", None), {}).items() if seed in point["seeds"]
         ]
-        if means["bwt"] is not None and len(plain) == len(values) and any(plain):
+        if means["bwt"] is not None and len(plain) == len(values) and math.fsum(plain) < 0:  # type: ignore[arg-type]
             means["forgetting_left"] = means["bwt"] / (math.fsum(plain) / len(plain))  # type: ignore[arg-type]
         for name, mine in means.items():
             theirs = point["mean"][name]

@@ -41,10 +41,11 @@ def report(runs: Sequence[Path], out: Path | None = None, own_figures: Sequence[
     """Write the report and print where it is, after the comparison of those runs, if several, that are finished."""
     from nostalgia.analysis.compare import compare
     from nostalgia.analysis.report import write_report
+    from nostalgia.analysis.run_folder import read_run
     from nostalgia.logging.streams import make_console
 
     written = write_report(runs, out, own_figures=own_figures)
-    finished = [run for run in runs if (run / "results" / "results.json").is_file()]
+    finished = [run for run in runs if read_run(run).results is not None]
     if len(runs) > 1 and finished:
         compare(finished, make_console())
     if len(runs) == 1 and (left := set(_figures_of(runs[0])) - set(own_figures)):

@@ -106,7 +106,8 @@ class Sweep:
         started = time.monotonic()
         slot = self._slots.get()
         try:
-            return Outcome(job, self._run(job, slot), time.monotonic() - started)
+            code = self._run(job, slot)
+            return Outcome(job, 75 if self._interrupted(code) else code, time.monotonic() - started)
         finally:
             self._slots.put(slot)
 
@@ -135,6 +136,10 @@ class Sweep:
         with self._lock:
             del self._running[job.name]
         return code
+
+    def _interrupted(self, code: int) -> bool:
+        """Whether this sweep has ended the run: one that has yet to load its data and weights does not listen for signals."""
+        return self.stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def run_jobs(

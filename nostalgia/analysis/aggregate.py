@@ -64,16 +64,26 @@ def place(method: str) -> tuple[int, str]:
 
 
 def same_tasks(runs: Sequence[RunFolder]) -> bool:
-    return all(run.tasks == runs[0].tasks for run in runs)
+    return all(_tasks(run) == _tasks(runs[0]) for run in runs)
+
+
+def _tasks(run: RunFolder) -> list[tuple[str, int]]:
+    """Names and numbers of classes: which classes a split by them gives a task may depend on the seed."""
+    sizes = [len(classes) for classes in run.results.classes] if run.results is not None else []
+    return list(zip(run.tasks, sizes or [0] * len(run.tasks), strict=False))
 
 
 def doubts(rows: Sequence[MethodRow]) -> list[str]:
     """What speaks against putting the runs of ``rows`` side by side, a line each."""
     found = []
     runs = [run for row in rows for run in row.runs]
-    other = next((run for run in runs if run.tasks != runs[0].tasks), None)
+    other = next((run for run in runs if _tasks(run) != _tasks(runs[0])), None)
     if other is not None:
-        names = f"{', '.join(runs[0].tasks)[:60]} and {', '.join(other.tasks)[:60]}"
+        one, two = (
+            ", ".join(f"{task} of {size} classes" if size else task for task, size in _tasks(run))
+            for run in (runs[0], other)
+        )
+        names = f"{one[:120]} and {two[:120]}"
         found.append(f"the runs have different tasks ({names}): their numbers do not compare")
     for row in rows:
         if len(set(row.seeds)) < len(row.seeds):

@@ -65,16 +65,24 @@ def frontier(cells: Cells, select_seeds: Sequence[int] = ()) -> Frontier:
         {key: [r for r in runs if r.seed in select_seeds] for key, runs in cells.items()} if select_seeds else reported
     )
     points = _points(reported)
-    choice = {(p.method, p.strength): p for p in _points(chosen_on)}
-    baseline = choice.get((BASELINE, None))
-    least = None if baseline is None else _number(baseline, "learning_accuracy") - MARGIN
     rows = []
     for method in dict.fromkeys(p.method for p in points):
         own = [p for p in points if p.method == method]
+        choice = {(p.method, p.strength): p for p in _points(_over_common_seeds(chosen_on, method))}
+        baseline = choice.get((BASELINE, None))
+        least = None if baseline is None else _number(baseline, "learning_accuracy") - MARGIN
         best, reaches = _choose([choice.get((p.method, p.strength), p) for p in own], least)
         point = next(p for p in own if p.strength == best.strength)
         rows.append(Row(point, reaches, _p_value(reported, point)))
     return Frontier(points, sorted(rows, key=lambda row: -(row.point.mean["acc"] or 0.0)), list(select_seeds))
+
+
+def _over_common_seeds(cells: Cells, method: str) -> Cells:
+    """Fine-tuning and all strengths of ``method``, over the seeds that all of them have: those of a sweep that is not complete
+    would else be compared over easier and harder ones. As they are where no seed is common."""
+    own = {key: runs for key, runs in cells.items() if runs and key[0] in (method, BASELINE)}
+    common = set.intersection(*({run.seed for run in runs} for runs in own.values())) if own else set()
+    return {key: [run for run in runs if run.seed in common] for key, runs in own.items()} if common else own
 
 
 def _points(cells: Cells) -> list[Point]:
@@ -94,12 +102,13 @@ def _points(cells: Cells) -> list[Point]:
 def _forgetting_left(runs: Sequence[RunResults], baseline: Mapping[int, float | None]) -> float | None:
     """Mean backward transfer over the baseline's mean, both over the seeds that both have.
 
-    Of the means: a seed on which the baseline happens to forget little would decide a mean of ratios.
+    None where the baseline forgets nothing. Of the means: a seed on which the baseline happens to forget little would decide
+    a mean of ratios.
     """
     pairs = [(run.bwt, baseline.get(run.seed)) for run in runs]
     known = [(own, plain) for own, plain in pairs if own is not None and plain is not None]
     whole = math.fsum(plain for _, plain in known)
-    return math.fsum(own for own, _ in known) / whole if whole else None
+    return math.fsum(own for own, _ in known) / whole if whole < 0 else None  # of nothing forgotten none is left
 
 
 def _values(run: RunResults) -> dict[str, float | None]:
@@ -127,7 +136,8 @@ def _p_value(cells: Cells, point: Point) -> float | None:
     theirs = {r.seed: r.acc for r in cells.get((BASELINE, None), ())}
     pairs = [(r.acc, theirs[r.seed]) for r in cells[(point.method, point.strength)] if r.seed in theirs]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if point.method == BASELINE or len(known) < 2 or len({a - b for a, b in known}) < 2:
+    differences = [a - b for a, b in known]
+    if point.method == BASELINE or len(known) < 2 or max(differences) - min(differences) < 1e-9:  # equal, to rounding
         return None
     from scipy.stats import ttest_rel  # half a second to import
 
@@ -166,7 +176,12 @@ def note(found: Frontier) -> str:
         if found.selected_on
         else "on the seeds shown"
     )
-    return (
+    by_seeds: dict[str, list[str]] = {}
+    for row in found.rows:
+        by_seeds.setdefault(", ".join(map(str, row.point.seeds)), []).append(row.point.method)
+    apart = "; ".join(f"{', '.join(methods)} over {shown}" for shown, methods in by_seeds.items())
+    incomplete = f"Not all rows are over the same seeds: {apart}. " if len(by_seeds) > 1 else ""
+    return incomplete + (
         f"Strength of the highest ACC among those with LA within {MARGIN:.3f} of fine-tuning's, chosen {seeds}; * where none "
         "is: then that of the highest LA. left: mean BWT over fine-tuning's; class-inc: ACC with the task unknown; bytes: kept "
         "between tasks; extra s: added by the method; ± standard error over seeds; p: two-sided paired t test of ACC against "

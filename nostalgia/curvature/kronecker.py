@@ -98,10 +98,13 @@ class KroneckerFactors:
         )
         for layer in self.layers:
             if layer.scaling is None:
-                change = (after[layer.parameters[0]] - before[layer.parameters[0]]).flatten(1)
+                change = (after[layer.parameters[0]] - before[layer.parameters[0]]).flatten(1).to(layer.outputs.dtype)
                 total += float(((layer.outputs @ change @ layer.inputs) * change).sum())
                 continue
-            (a0, b0), (a, b) = ([values[name].flatten(1) for name in layer.parameters] for values in (before, after))
+            (a0, b0), (a, b) = (
+                [values[name].flatten(1).to(layer.outputs.dtype) for name in layer.parameters]
+                for values in (before, after)
+            )
             form = adapter_form(layer.inputs, layer.outputs, torch.cat([b, -b0], dim=1), torch.cat([a, a0]))
             total += layer.scaling**2 * float(form)
         return 0.5 * total

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nostalgia.linalg.block import Block
 from nostalgia.methods.base import Method, TaskContext
+from nostalgia.models import norm_statistics
+from nostalgia.models.backbone import Backbone
+from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
+NORM_SAMPLES = 512  # that batch-norm statistics of averaged weights are taken from
 MODES = ("interpolation", "uniform", "greedy")
 
 
@@ -32,7 +36,8 @@ class Averaging(Method):
     """theta_t <- theta_{t-1} + share (theta_t - theta_{t-1}) (interpolation), or the mean of the ends of tasks 1..t (uniform).
 
     Model soups, Wortsman et al. 2022, https://arxiv.org/abs/2203.05482; each task begins at the average so far. greedy
-    looks at validation images of earlier tasks. Remembers P numbers.
+    looks at validation images of earlier tasks. Batch-norm statistics are taken anew, from images of the task. Remembers P
+    numbers.
     """
 
     name = "averaging"
@@ -57,10 +62,17 @@ class Averaging(Method):
         else:
             share = self.config.share if self.config.mode == "interpolation" else 1 / self.tasks
             self.mean = before + share * (end - before)
-            own = task.validate() if self.config.mode == "greedy" else 0.0
+            backbone = cast(Backbone, cast(TaskModel, task.model).backbone)
+            own, statistics = (
+                task.validate() if self.config.mode == "greedy" else 0.0,
+                norm_statistics.capture(backbone),
+            )
             task.space.put(self.mean, parameters)
+            if norm_statistics.has_batch_norm(backbone):  # those that training has left are of other weights
+                norm_statistics.measure_anew(backbone, [b.images for b in task.samples(NORM_SAMPLES, 64)])
             if self.config.mode == "greedy" and task.validate() < own:
                 task.space.put(end, parameters)
+                norm_statistics.apply(backbone, statistics)
                 self.mean, self.tasks = before, self.tasks - 1
         self._block = Block(self.mean[None], task.space)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nostalgia.data.stream import Batch
+from nostalgia.data.tasks import head_classes
 from nostalgia.methods.base import TaskContext
 from nostalgia.models.objective import Output
 from nostalgia.parallel.modules import frozen_copy, inner_module, named_parameters
@@ -21,20 +22,24 @@ class Distillation:
     """strength sum_{u<t} T^2 KL(softmax(z_u^old / T) || softmax(z_u / T)), summed over the batch by its weights.
 
     The teacher is the network as a task begins: the end of the task before. It needs the heads of all tasks in the model
-    (`Method.all_heads`), frozen. Its outputs cost one forward pass a step, or one pass over the task's images in all where
-    training sees them more often and none is augmented (`REMEMBERED_BYTES` at most, on every rank). A copy of what is
-    trained lasts as long as the task. Nothing at strength 0, and in the first task.
+    (`Method.all_heads`), frozen; of a head that tasks share, the classes that it had are held. Its outputs cost one forward
+    pass a step, or one pass over the task's images in all where training sees them more often and none is augmented
+    (`REMEMBERED_BYTES` at most, on every rank). A copy of what is trained lasts as long as the task. Nothing at strength 0,
+    and in the first task.
     """
 
     def __init__(self, strength: float, temperature: float) -> None:
         self.strength, self.temperature = strength, temperature
         self.teacher: nn.Module | None = None
         self._kept: dict[str, Tensor] = {}  # the teacher's tensors that another task's teacher has not
+        self._own_columns = 0  # of the present task's head: the classes that earlier tasks have given it
         self._remembered: list[Tensor] | None = None  # of every training image: (images, classes) of each earlier head
 
     def begin(self, task: TaskContext) -> None:
         self.end()
-        if self.strength == 0 or not _has_earlier_heads(task.model):
+        before = head_classes(task.tasks[:-1])
+        self._own_columns = len(before.get(task.tasks[-1].head, ()))
+        if self.strength == 0 or not before:
             return
         self.task, self.teacher = task, frozen_copy(task.model)
         trained = {name for name, p in named_parameters(task.model).items() if p.requires_grad}
@@ -78,23 +83,25 @@ class Distillation:
 
     @torch.no_grad()
     def _taught(self, batch: Batch) -> list[Tensor]:
-        """The teacher's logits (B, C) of each earlier head."""
+        """The teacher's logits (B, C) that are held, of each head."""
         assert self.teacher is not None
         with self.task.accelerator.autocast():
             return self._earlier(self.teacher(batch.images))
 
     def _earlier(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        return [z for head, z in enumerate(logits) if head != self.task.head]
+        """Of the classes of earlier tasks: other heads' outputs, and those first ones of the present head."""
+        held = [z if head != self.task.head else z[:, : self._own_columns] for head, z in enumerate(logits)]
+        return [z for z in held if z.shape[1]]
 
     def _worth_remembering(self) -> bool:
         task = self.task
         if task.every_image is None or task.passes <= 1:
             return False
-        classes = sum(len(t.classes) for t in task.tasks[:-1])
+        classes = sum(map(len, head_classes(task.tasks[:-1]).values()))
         return len(task.tasks[-1].train) * classes * torch.float32.itemsize <= REMEMBERED_BYTES
 
     def _of_every_image(self) -> list[Tensor]:
-        """The teacher's logits (images, C) of each earlier head; each rank computes its share. A collective."""
+        """The teacher's logits (images, C) that are held, of each head; each rank computes its share. A collective."""
         task, found = self.task, list[Tensor]()
         assert task.every_image is not None
         for batch in task.every_image():
@@ -115,9 +122,3 @@ def divergence(now: Tensor, then: Tensor, temperature: float) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _has_earlier_heads(model: nn.Module) -> bool:
-    """Whether the model holds the head of an earlier task beside the present one's."""
-    heads = getattr(inner_module(model), "heads", ())
-    return len(heads) > 1

@@ -80,7 +80,7 @@ class KroneckerTail(Tail):
 
     def begin(self, task: TaskContext) -> None:
         """Each task begins at the reference point; adapters merged since then count as begun anew."""
-        self.factors = None
+        self.factors, self.note = None, ""
         if self.memory.tasks:
             self.memory.anchor(scope_with_frozen_factors(task))
 

@@ -7,7 +7,7 @@ mapping from buffer name (relative to the backbone) to tensor, so that it is sav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,31 @@ def freeze(backbone: Backbone, frozen: bool = True) -> None:
     """Keep batch-norm layers in evaluation mode, whatever ``train()`` says later: no updates."""
     backbone.norm_frozen = frozen
     backbone.train(backbone.training)
+
+
+@torch.no_grad()
+def measure_anew(backbone: Backbone, batches: Iterable[Tensor]) -> None:
+    """Put the statistics of ``batches``, images (B, C, H, W) of this rank, in place of the running ones, the mean over batches
+    and ranks: after weights were changed without training. Nothing where they are frozen, or there are none.
+
+    A collective; a batch of one image is left out, which batch norm cannot normalise by itself.
+    """
+    layers = [layer for _, layer in _layers(backbone)]
+    if not layers or backbone.norm_frozen:
+        return
+    training, momenta = backbone.training, [layer.momentum for layer in layers]
+    backbone.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches
+        layer.train()
+    for images in batches:
+        if len(images) > 1:
+            backbone(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    backbone.train(training)
+    average_over_ranks(backbone)
 
 
 @torch.no_grad()

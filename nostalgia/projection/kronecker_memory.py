@@ -57,15 +57,21 @@ class KroneckerMemory:
 
     @torch.no_grad()
     def update(self, factors: KroneckerFactors, parameters: Mapping[str, nn.Parameter]) -> KroneckerUpdate:
-        """Take in a finished task's factors; ``parameters`` are as the task ended, the new reference point."""
+        """Take in a finished task's factors; ``parameters`` are as the task ended, the new reference point.
+
+        What is kept has the precision of the parameters, whatever the factors were measured in.
+        """
         self.tasks, self.groups = self.tasks + 1, None
         for layer in factors.layers:
-            new = LayerTerms(layer.inputs[None], layer.outputs[None], layer.parameters, layer.scaling)
+            dtype = parameters[layer.parameters[0]].dtype
+            inputs, outputs = layer.inputs[None].to(dtype), layer.outputs[None].to(dtype)
+            new = LayerTerms(inputs, outputs, layer.parameters, layer.scaling)
             old = self.layers.get(layer.name)
             if old is not None:
                 new.inputs, new.outputs = torch.cat([old.inputs, new.inputs]), torch.cat([old.outputs, new.outputs])
             self.layers[layer.name] = new
-        for name, diagonal in factors.diagonal.items():
+        for name, measured in factors.diagonal.items():
+            diagonal = measured.to(parameters[name].dtype)
             self.diagonal[name] = diagonal if name not in self.diagonal else self.diagonal[name] + diagonal
         self.anchor(parameters)
         size, error, merged = sum(layer.num_bytes for layer in self.layers.values()), 0.0, False

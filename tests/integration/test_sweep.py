@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from nostalgia import sweep as command
-from nostalgia.sweep_runner import gpu_slots
+from nostalgia.sweep_runner import Job, Sweep, gpu_slots
 from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration.stubs import torchrun
 
@@ -166,3 +167,18 @@ def test_a_sweep_that_is_killed_and_begun_again_gives_the_same_table(tmp_path: P
         assert (code, errors) == (0, "")
         tables[name] = (folder / "runs" / "frontier.md").read_text()
     assert tables["parallel"] == tables["alone"] == tables["killed"]
+
+
+def test_a_run_that_the_sweep_ends_before_it_listens_is_interrupted(tmp_path: Path) -> None:
+    class Starting:
+        def wait(self) -> int:
+            sweep.stop(signal.SIGTERM, None)
+            return 128 + signal.SIGTERM
+
+        def send_signal(self, number: int) -> None:
+            pass
+
+    sweep = Sweep(1, lambda job, slot: Starting(), None)
+    assert sweep.run(Job("ewc seed 0", tmp_path / "seed0", ())).code == 75
+    killed = Sweep(1, lambda job, slot: SimpleNamespace(wait=lambda: 143), None)  # by somebody else
+    assert killed.run(Job("ewc seed 1", tmp_path / "seed1", ())).code == 143

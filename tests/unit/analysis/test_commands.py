@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,12 @@ def test_compare_says_what_does_not_compare(tmp_path: Path) -> None:
     assert "note: the runs have different tasks" in stream.getvalue()
     assert "note: nostalgia: several runs have the same seed" in stream.getvalue()
     assert not (tmp_path / "figs").exists()
+    path = again / "results" / "results.json"
+    raw = json.loads(path.read_text())
+    raw["classes"][0] = [*raw["classes"][0], "one more"]
+    path.write_text(json.dumps(raw))
+    compare.compare([first, again], Console(file=stream, width=200))
+    assert f"of {len(raw['classes'][0]) - 1} classes" in stream.getvalue()
 
 
 def test_compare_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,3 +181,8 @@ def test_the_report_of_several_runs_prints_their_comparison(tmp_path: Path, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(tmp_path / "page.html")
     assert any(line.split()[:2] == ["finetune", "0"] for line in lines)
+    damaged = write_run(tmp_path / "c", method="ewc")
+    (damaged / "results" / "results.json").write_text("{")
+    words = [str(first), str(other), str(damaged), "--out", str(tmp_path / "page.html")]
+    assert report.main(words) == 0
+    assert any(line.split()[:2] == ["finetune", "0"] for line in capsys.readouterr().out.splitlines())

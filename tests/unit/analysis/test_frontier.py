@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 
 from bench import recompute
 from nostalgia.analysis.figures_frontier import frontier_figure
-from nostalgia.analysis.frontier import Cells, frontier, markdown, write_frontier
+from nostalgia.analysis.frontier import Cells, frontier, markdown, note, write_frontier
 from nostalgia.logging.results import RunResults, write_results
 
 
@@ -85,3 +85,30 @@ def test_files_and_figure_and_an_independent_recomputation(tmp_path: Path) -> No
     (tmp_path / "frontier.json").write_text(json.dumps(saved))
     assert recompute.main([str(tmp_path)]) == 1
     frontier_figure(found).savefig(tmp_path / "x.png")
+
+
+def test_strengths_are_compared_over_the_seeds_that_all_of_them_have() -> None:
+    """Seed 1 is easier than seed 0; strength 10 is better on seed 0, and has no other yet."""
+    found = frontier(
+        {
+            ("finetune", None): [results("finetune", seed, 0.9, 0.5 + 0.2 * seed) for seed in (0, 1)],
+            ("ewc", 1.0): [results("ewc", seed, 0.9, 0.6 + 0.2 * seed) for seed in (0, 1)],
+            ("ewc", 10.0): [results("ewc", 0, 0.9, 0.65)],
+        }
+    )
+    (row,) = (row for row in found.rows if row.point.method == "ewc")
+    assert row.point.strength == 10.0
+    assert row.point.seeds == [0]
+    assert note(found).startswith("Not all rows are over the same seeds: ")
+    assert "ewc over 0" in note(found)
+
+
+def test_nothing_is_left_of_no_forgetting_and_equal_gains_are_no_sample() -> None:
+    found = frontier(
+        {
+            ("finetune", None): [results("finetune", seed, 0.9, 0.91 + 0.1 * seed / 3) for seed in (0, 1)],
+            ("ewc", 1.0): [results("ewc", seed, 0.9, 0.91 + 0.1 * seed / 3 + 3 / 359) for seed in (0, 1)],
+        }
+    )
+    assert all(row.point.mean["forgetting_left"] is None for row in found.rows)
+    assert all(row.p_value is None for row in found.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from nostalgia.data.transforms import uniform
 from nostalgia.methods import Method
 from nostalgia.methods.loading import make_method
+from nostalgia.models import expand_head
 from tests.unit.methods.context import Features, Sequence2, assert_equal
 
 
@@ -124,6 +126,21 @@ def test_lwf_distils_the_old_heads_outputs() -> None:
         return 0.8 * 9 * (q * (q.log() - p.log())).sum() / len(images)
 
     assert_equal(run.gradients(lwf), run.plain_gradients(term))
+
+
+def test_lwf_holds_the_classes_that_a_shared_head_had() -> None:
+    run, lwf = Sequence2(), method("lwf", strength=0.8, temperature=3)
+    run.first_task(lwf)
+    teacher, head = copy.deepcopy(run.backbone), copy.deepcopy(run.heads[0])
+    run.heads = [expand_head(run.heads[0], 5, seed=0)]
+    run.tasks[1] = replace(run.tasks[1], head=run.tasks[0].head, classes=tuple("abcde"))
+    run.begin(lwf, 2)
+    moved(run)
+    batch = run.batch(lwf)
+    now = run.heads[0](run.backbone(batch.images))
+    q, p = (head(teacher(batch.images)) / 3).softmax(1), (now[:, :3] / 3).softmax(1)
+    expected = F.cross_entropy(now, batch.labels, reduction="sum") + 0.8 * 9 * (q * (q.log() - p.log())).sum()
+    torch.testing.assert_close(lwf.loss(run.model, batch).loss, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("passes", "forwards"), [(1.0, 2), (1.5, 3)])

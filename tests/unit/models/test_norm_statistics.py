@@ -39,6 +39,25 @@ def test_statistics_of_a_task_bring_its_features_back():
     assert torch.equal(backbone(x), features)
 
 
+def test_statistics_are_measured_anew_from_given_images():
+    """Of two batches the mean over both, whatever was there; a single image is left out, and frozen ones stay."""
+    backbone, one, two = resnet18(), *(images(resnet18(), batch=4, seed=seed) for seed in (1, 2))
+    train_once(backbone, seed=3)
+    first = next(m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    handle = first.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].mean((0, 2, 3))))
+    norm_statistics.measure_anew(backbone, [one, one[:1], two])
+    handle.remove()
+    assert len(seen) == 2
+    torch.testing.assert_close(first.running_mean, torch.stack(seen).mean(0))
+    assert first.momentum == 0.1
+    assert not any(module.training for module in backbone.modules())
+    norm_statistics.freeze(backbone)
+    kept = norm_statistics.capture(backbone)
+    norm_statistics.measure_anew(backbone, [two])
+    assert all(torch.equal(kept[name], value) for name, value in norm_statistics.capture(backbone).items())
+
+
 def test_captured_statistics_are_copies():
     backbone = resnet18()
     before = norm_statistics.capture(backbone)

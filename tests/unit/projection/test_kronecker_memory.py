@@ -145,3 +145,22 @@ def test_state_goes_round() -> None:
     other = KroneckerMemory(3.0)
     other.load_state_dict(memory.state_dict())
     assert torch.equal(other.penalty(trained(model)), memory.penalty(trained(model)))
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_factors_of_another_precision_hold_the_parameters_all_the_same(make: Any, shape: tuple[int, ...]) -> None:
+    """`curvature.precision=float64` measures a network of float32."""
+    model, memory = make().float(), KroneckerMemory(3.0)
+    inputs, labels = data(5, *shape)
+    for task in range(2):
+        factors = kronecker_factors(model, forward, [(inputs.float(), labels)], seed=task, precision="float64")
+        memory.update(factors, trained(model))
+        moved(model.double(), task)
+        model.float()
+        memory.add_gradients(trained(model))
+    expected = torch.autograd.grad(memory.penalty(trained(model)), list(trained(model).values()))
+    model.zero_grad()
+    memory.add_gradients(trained(model))
+    for parameter, gradient in zip(trained(model).values(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-5)
