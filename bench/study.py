@@ -135,9 +135,10 @@ class Study:
         self.words, self.last = ("--quiet", *model, *TRAINING), tuple(words)
         known = {**ARMS, **WHOLE_ARMS, **VARIANTS}
         self.arms = {name: known[name] for name in options.arms.split(";")}
-        self.wanted = options.streams.split(";") if options.streams else list(self.streams)
-        if odd := set(self.wanted) - set(self.streams):
-            raise SystemExit(f"--streams: {', '.join(sorted(odd))}: allowed are {'; '.join(self.streams)}")
+        reported = list(self.streams)[len(CHOOSING_STREAMS) :]
+        self.wanted = options.streams.split(";") if options.streams else reported
+        if odd := set(self.wanted) - set(reported):
+            raise SystemExit(f"--streams: {', '.join(sorted(odd))}: allowed are {'; '.join(reported)}")
 
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
@@ -172,8 +173,8 @@ class Study:
         """Seed by seed, so that a study that is cut short has whole tables of fewer seeds."""
         chosen = self.chosen()
         for seed in seeds:
-            for stream in list(self.streams)[len(CHOOSING_STREAMS) :]:
-                for name, candidate in chosen.items() if stream in self.wanted else ():
+            for stream in self.wanted:
+                for name, candidate in chosen.items():
                     yield stream, name, seed, self.job(stream, name, candidate, seed)
 
 

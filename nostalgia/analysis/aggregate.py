@@ -64,23 +64,28 @@ def place(method: str) -> tuple[int, str]:
 
 
 def same_tasks(runs: Sequence[RunFolder]) -> bool:
-    return all(_tasks(run) == _tasks(runs[0]) for run in runs)
+    return all(_same_tasks(runs[0], run) for run in runs)
 
 
-def _tasks(run: RunFolder) -> list[tuple[str, int]]:
-    """Names and numbers of classes: which classes a split by them gives a task may depend on the seed."""
-    sizes = [len(classes) for classes in run.results.classes] if run.results is not None else []
-    return list(zip(run.tasks, sizes or [0] * len(run.tasks), strict=False))
+def _same_tasks(one: RunFolder, two: RunFolder) -> bool:
+    """By names and, where both runs say, numbers of classes: which classes a split gives a task may depend on the seed."""
+    sizes = zip(_sizes(one), _sizes(two), strict=False)
+    return one.tasks == two.tasks and all(a == b or not a or not b for a, b in sizes)
+
+
+def _sizes(run: RunFolder) -> list[int]:
+    """Classes of each task; 0 where the run does not say."""
+    return [len(classes) for classes in run.results.classes] if run.results is not None else [0] * len(run.tasks)
 
 
 def doubts(rows: Sequence[MethodRow]) -> list[str]:
     """What speaks against putting the runs of ``rows`` side by side, a line each."""
     found = []
     runs = [run for row in rows for run in row.runs]
-    other = next((run for run in runs if _tasks(run) != _tasks(runs[0])), None)
+    other = next((run for run in runs if not _same_tasks(runs[0], run)), None)
     if other is not None:
         one, two = (
-            ", ".join(f"{task} of {size} classes" if size else task for task, size in _tasks(run))
+            ", ".join(f"{task} of {n} classes" if n else task for task, n in zip(run.tasks, _sizes(run), strict=False))
             for run in (runs[0], other)
         )
         names = f"{one[:120]} and {two[:120]}"

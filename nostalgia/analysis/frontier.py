@@ -108,7 +108,7 @@ def _forgetting_left(runs: Sequence[RunResults], baseline: Mapping[int, float | 
     pairs = [(run.bwt, baseline.get(run.seed)) for run in runs]
     known = [(own, plain) for own, plain in pairs if own is not None and plain is not None]
     whole = math.fsum(plain for _, plain in known)
-    return math.fsum(own for own, _ in known) / whole if whole < 0 else None  # of nothing forgotten none is left
+    return math.fsum(own for own, _ in known) / whole if whole < 0 else None
 
 
 def _values(run: RunResults) -> dict[str, float | None]:

@@ -63,10 +63,8 @@ class Averaging(Method):
             share = self.config.share if self.config.mode == "interpolation" else 1 / self.tasks
             self.mean = before + share * (end - before)
             backbone = cast(Backbone, cast(TaskModel, task.model).backbone)
-            own, statistics = (
-                task.validate() if self.config.mode == "greedy" else 0.0,
-                norm_statistics.capture(backbone),
-            )
+            own = task.validate() if self.config.mode == "greedy" else 0.0
+            statistics = norm_statistics.capture(backbone)
             task.space.put(self.mean, parameters)
             if norm_statistics.has_batch_norm(backbone):  # those that training has left are of other weights
                 norm_statistics.measure_anew(backbone, [b.images for b in task.samples(NORM_SAMPLES, 64)])

@@ -79,15 +79,15 @@ def measure_anew(backbone: Backbone, batches: Iterable[Tensor]) -> None:
     layers = [layer for _, layer in _layers(backbone)]
     if not layers or backbone.norm_frozen:
         return
+    usable = [images for images in batches if len(images) > 1]
     training, momenta = backbone.training, [layer.momentum for layer in layers]
     backbone.eval()
-    for layer in layers:
+    for layer in layers if usable else ():  # a rank without any keeps what it had
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
-    for images in batches:
-        if len(images) > 1:
-            backbone(images)
+    for images in usable:
+        backbone(images)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     backbone.train(training)

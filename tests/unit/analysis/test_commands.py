@@ -164,6 +164,12 @@ def test_compare_says_what_does_not_compare(tmp_path: Path) -> None:
     path.write_text(json.dumps(raw))
     compare.compare([first, again], Console(file=stream, width=200))
     assert f"of {len(raw['classes'][0]) - 1} classes" in stream.getvalue()
+    path.write_text(
+        json.dumps({**raw, "classes": [[] for _ in raw["tasks"]]})
+    )  # as old runs are read, which do not say
+    later = io.StringIO()
+    compare.compare([first, again], Console(file=later, width=200))
+    assert "different tasks" not in later.getvalue()
 
 
 def test_compare_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

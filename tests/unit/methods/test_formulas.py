@@ -285,6 +285,33 @@ def test_averaging_leaves_the_mean_of_task_ends(mode: str) -> None:
     assert_equal(snapshot(run), {n: first[n] + share * (second[n] - first[n]) for n in first})
 
 
+def test_averaged_weights_get_batch_norm_statistics_of_their_own() -> None:
+    class Normalised(nn.Sequential):
+        norm_frozen = False
+
+    run = Sequence2(lambda: Normalised(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4)))
+    averaging = method("averaging", share=0.25)
+    run.first_task(averaging)
+    context = run.begin(averaging, 2)
+    run.steps(averaging)
+    _, linear, norm = run.backbone
+    before = norm.running_mean.clone()
+    averaging.end_task(context)
+    expected = linear(run.batch(averaging).images.flatten(1)).mean(0)  # of the 12 images, in one batch
+    torch.testing.assert_close(norm.running_mean, expected, atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_merge_is_noted_at_the_end_of_its_own_task_alone() -> None:
+    run, kronecker = Sequence2(), method("kronecker", num_samples=12, draws=2, budget_bytes=0)
+    run.first_task(kronecker)
+    context = run.begin(kronecker, 2)
+    kronecker.end_task(context)
+    assert kronecker.note().startswith("factors of 2 tasks are merged")
+    run.begin(kronecker, 2)
+    assert kronecker.note() == ""
+
+
 def test_soft_projection_shrinks_by_curvature() -> None:
     run, soft = Sequence2(), method("nostalgia", top_k=3, project="soft")
     run.first_task(soft)
