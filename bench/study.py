@@ -3,12 +3,13 @@
 python -m bench.study OUT --weights FOLDER --glyphs FOLDER [--seeds 0,1,2,3,4] [--jobs 16] [--minutes M] [KEY=VALUE ...]
 
 FOLDER of --weights is a pretrained ViT as `save_pretrained` leaves it, that of --glyphs what `python -m bench.glyphs` writes;
-Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on two streams of
-their own, a short and a long one, with one seed; that of the highest mean final accuracy is then run on the other
-streams with all seeds (none with --seeds ""). With --chosen FILE the strengths are those of an earlier study.json, and none is
-chosen anew: more seeds of the same table. The line can be given again: what is complete is not run again. OUT holds the runs,
-study.json (every run's figures, the strengths) and study.md (the table: mean and standard error over seeds; `left` is the
-forgetting in per cent of fine-tuning's, `p` that of a paired t test of the final accuracy against fine-tuning's).
+Fashion-MNIST and digits are found as in any run (dataset.root=...). Each method first runs over its strengths on two streams
+of their own, a short and a long one (or on the one that --streams names), with one seed; that of the highest mean final
+accuracy is then run on the other streams with all seeds (none with --seeds ""). With --chosen FILE the strengths are those of
+an earlier study.json, and none is chosen anew: more seeds of the same table. The line can be given again: what is complete is
+not run again. OUT holds the runs, study.json (every run's figures, the strengths) and study.md (the table: mean and standard
+error over seeds; `left` is the forgetting in per cent of fine-tuning's, `p` that of a paired t test of the final accuracy
+against fine-tuning's).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ WHOLE = ("model.use_lora=false", "train.lr=1e-4")
 WHOLE_ARMS = {
     "finetune, whole": Arm("finetune", WHOLE),
     "heads_only, whole": Arm("heads_only", WHOLE),
-    "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 100), "temperature": (4,)}),
+    "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 30, 100, 300), "temperature": (4,)}),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
 PENALTY = (3, 10, 30, 100, 300)
@@ -135,10 +136,13 @@ class Study:
         self.words, self.last = ("--quiet", *model, *TRAINING), tuple(words)
         known = {**ARMS, **WHOLE_ARMS, **VARIANTS}
         self.arms = {name: known[name] for name in options.arms.split(";")}
-        reported = list(self.streams)[len(CHOOSING_STREAMS) :]
-        self.wanted = options.streams.split(";") if options.streams else reported
-        if odd := set(self.wanted) - set(reported):
-            raise SystemExit(f"--streams: {', '.join(sorted(odd))}: allowed are {'; '.join(reported)}")
+        wanted = options.streams.split(";") if options.streams else list(self.streams)
+        if odd := set(wanted) - set(self.streams):
+            raise SystemExit(f"--streams: {', '.join(sorted(odd))}: allowed are {'; '.join(self.streams)}")
+        self.choose_on = [stream for stream in CHOOSING_STREAMS if stream in wanted]
+        self.report_on = [stream for stream in wanted if stream not in CHOOSING_STREAMS]
+        if not self.choose_on and options.chosen is None:
+            raise SystemExit(f"--streams: name one to choose on ({'; '.join(CHOOSING_STREAMS)}), or give --chosen FILE")
 
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
@@ -154,7 +158,7 @@ class Study:
             return
         for name, arm in self.arms.items():
             for candidate in arm.candidates():
-                yield name, candidate, [self.job(s, name, candidate, CHOOSING_SEED) for s in CHOOSING_STREAMS]
+                yield name, candidate, [self.job(s, name, candidate, CHOOSING_SEED) for s in self.choose_on]
 
     def chosen(self) -> dict[str, Candidate]:
         """The options of the highest mean final accuracy on the streams to choose on, of each arm with complete runs."""
@@ -173,7 +177,7 @@ class Study:
         """Seed by seed, so that a study that is cut short has whole tables of fewer seeds."""
         chosen = self.chosen()
         for seed in seeds:
-            for stream in self.wanted:
+            for stream in self.report_on:
                 for name, candidate in chosen.items():
                     yield stream, name, seed, self.job(stream, name, candidate, seed)
 
@@ -202,7 +206,7 @@ def summary(study: Study, seeds: Sequence[int]) -> dict[str, Any]:
     choice = [
         {"stream": stream, "arm": name, "options": candidate, **(measures(job.folder) or {"failed": str(job.log)})}
         for name, candidate, jobs in study.choosing()
-        for stream, job in zip(CHOOSING_STREAMS, jobs, strict=True)
+        for stream, job in zip(study.choose_on, jobs, strict=True)
     ]
     runs = [
         {"stream": stream, "arm": name, "seed": seed, **(measures(job.folder) or {"failed": str(job.log)})}
@@ -233,14 +237,15 @@ def table(found: dict[str, Any]) -> str:
 def choice_table(found: dict[str, Any]) -> str:
     """Markdown: what was chosen from, one run a stream."""
     runs = {(run["arm"], shown(run["options"]), run["stream"]): run for run in found["choice"]}
+    streams, first = list(dict.fromkeys(run["stream"] for run in found["choice"])), found["choice"][0]["arm"]
     lines = [
-        f"| method | options | {' | '.join(f'{s}: ACC | BWT | LA | left' for s in CHOOSING_STREAMS)} |",
-        "|" + 10 * "---|",
+        f"| method | options | {' | '.join(f'{s}: ACC | BWT | LA | left' for s in streams)} |",
+        "|" + (2 + 4 * len(streams)) * "---|",
     ]
     for arm, options in dict.fromkeys((arm, options) for arm, options, _ in runs):
         cells = [arm, options]
-        for stream in CHOOSING_STREAMS:
-            run, plain = runs[arm, options, stream], runs["finetune", "", stream]
+        for stream in streams:
+            run, plain = runs[arm, options, stream], runs[first, "", stream]
             cells += [f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy")]
             cells.append(f"{round(100 * run['bwt'] / plain['bwt']) or 0} %")
         lines.append(f"| {' | '.join(cells)} |")
@@ -300,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--glyphs", type=Path, required=True, help="what python -m bench.glyphs wrote")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="reported (default %(default)s)")
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons; default: %(default)s")
-    parser.add_argument("--streams", help="reported, separated by semicolons (default: all)")
+    parser.add_argument("--streams", help="to choose and to report on, separated by semicolons (default: all)")
     parser.add_argument("--chosen", type=Path, metavar="FILE", help="take the strengths of this study.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no run after that")

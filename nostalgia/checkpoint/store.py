@@ -83,6 +83,11 @@ class CheckpointStore:
             pending.result()
 
     @property
+    def written(self) -> bool:
+        """Whether there is one to go on from."""
+        return bool(_listed(self.folder))
+
+    @property
     def failed(self) -> bool:
         """Whether what was written in the background is known to have failed."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None

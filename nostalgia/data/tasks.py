@@ -57,7 +57,16 @@ class Task:
 
 def data_notes(tasks: Sequence[Task]) -> list[str]:
     """What is to be said of the tasks' data, each thing once."""
-    return list(dict.fromkeys(f"{task.dataset}: {note}" for task in tasks for note in task.notes))
+    said = list(dict.fromkeys(f"{task.dataset}: {note}" for task in tasks for note in task.notes))
+    outputs = head_classes(tasks)
+    single = [task.name for task in tasks if len(outputs[task.head]) == 1]
+    if single:
+        which = single[0] if len(single) == 1 else f"{single[0]} and {len(single) - 1} more"
+        said.append(
+            f"{which}: a single class under its own head, which is always right whatever the network does; see "
+            "class-incremental accuracy, or experiment.head=shared"
+        )
+    return said
 
 
 def expand_specs(

@@ -139,8 +139,9 @@ class Checkpointer:
             where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             line = f"a checkpoint could not be written: {where}"
             if required or self.schedule.on_failure == "stop":
+                whole = self.store is not None and self.store.written
+                after = "--resume goes on from the last whole one" if whole else "begin anew: there is none yet"
                 raise RunFailedError(
-                    f"{line}; free space, then --resume goes on from the last whole one "
-                    "(train.on_checkpoint_failure=continue trains on without)"
+                    f"{line}; free space, then {after} (train.on_checkpoint_failure=continue trains on without)"
                 ) from None
             self.warn(f"{line}; the run goes on")

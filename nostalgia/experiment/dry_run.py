@@ -73,6 +73,7 @@ def dry_run(
         console.print("\nweights", style="bold")
         line = f"{no_weights}; what the basis takes is known once they are there"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    agree(accelerator, lambda: _decode_one([one for one in found if isinstance(one, Task)]))
     _refuse([name for names in missing.values() for name in names], no_weights)
 
 
@@ -89,6 +90,14 @@ def _plan(parts: Components, accelerator: Accelerator) -> Group:
     on_cpu = "" if here else "As on GPUs, which this run does not use. "
     line = f"{on_cpu}Rates are an H200's; python -m nostalgia.plan takes others, and other numbers of GPUs."
     return Group(table(load, cluster, stages(load, cluster)), Text(line))
+
+
+def _decode_one(tasks: Sequence[Task]) -> None:
+    """Read an image of each part: NotFoundError where it is none, such as the pointer files of Git LFS."""
+    for task in tasks:
+        for part in (task.train, task.val):
+            if len(part):
+                part.image(0)
 
 
 def _refuse(missing: Sequence[str], no_weights: str) -> None:

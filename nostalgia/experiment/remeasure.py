@@ -120,19 +120,20 @@ def _report(request: EvaluationRequest, measured: list[Measured], accelerator: A
     compared = [one for one in measured if one.run_accuracy is not None]
     different = [one for one in compared if one.run_accuracy != one.scores.accuracy]
     file = request.output or request.run_dir / "results" / "evaluation.json"
-    write_json(
-        file,
-        {
-            "run": str(request.run_dir),
-            "data": None if request.data is None else str(request.data),
-            "acc": sum(one.scores.accuracy for one in measured) / len(measured),
-            "same_as_run": not different if compared else None,
-            "device": accelerator.device.type,
-            "precision": precision,
-            "world_size": accelerator.num_processes,
-            "tasks": [one.to_json() for one in measured],
-        },
-    )
+    found = {
+        "run": str(request.run_dir),
+        "data": None if request.data is None else str(request.data),
+        "acc": sum(one.scores.accuracy for one in measured) / len(measured),
+        "same_as_run": not different if compared else None,
+        "device": accelerator.device.type,
+        "precision": precision,
+        "world_size": accelerator.num_processes,
+        "tasks": [one.to_json() for one in measured],
+    }
+    try:
+        write_json(file, found)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror or error}); name a file by --output") from None
     for one in different:
         console.print(
             f"{one.task}: {one.scores.accuracy} here, {one.run_accuracy} in the run: another device, precision, batch "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from nostalgia.linalg.block import Block
 from nostalgia.methods.base import TaskContext
 from nostalgia.methods.tail import Tail
 from nostalgia.methods.vectors import training_space
+from nostalgia.models import norm_statistics
+from nostalgia.models.backbone import Backbone
 
 SHARES = tuple(tenths / 10 for tenths in range(10, 0, -1))
 PRIOR = 1.0  # of a refitted head: as scikit-learn's LogisticRegression with C = 1, around the head as it was trained
@@ -29,7 +31,7 @@ class PathStep:
 
     ``auto`` takes the share of `SHARES` that minimises predicted(theta) + own(theta): the first is the tail's form, earlier
     tasks' predicted increase of loss, the second the task's mean loss over samples of it, under its head fitted to them at
-    theta. The new head alone is fitted, and not where tasks share one.
+    theta. The new head alone is fitted, and not where tasks share one; batch-norm statistics are taken anew from the samples.
     """
 
     def __init__(self, path: float | str) -> None:
@@ -56,9 +58,12 @@ class PathStep:
         start, end = self.start.to(task.space)[0], task.space.take(p.detach() for p in parameters)
         batches = task.samples(num_samples)
         head = None if any(earlier.head == task.tasks[-1].head for earlier in task.tasks[:-1]) else _head(task)
+        backbone = cast(Backbone, _module(task.model, "backbone"))
 
         def at(share: float) -> Fit:
             task.space.put(end if share == 1 else start + share * (end - start), parameters)
+            # What training has left is of other weights; at the end too, so that shares are compared alike.
+            norm_statistics.measure_anew(backbone, (batch.images for batch in batches))
             return fit_head(task, batches, head)
 
         if isinstance(self.path, float):

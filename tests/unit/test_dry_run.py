@@ -52,6 +52,17 @@ def test_all_tasks_are_listed_where_some_are_missing(capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_only_looks_like_an_image_is_refused(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / part / name
+            folder.mkdir(parents=True)
+            (folder / "1.jpg").write_text(pointer)
+    with pytest.raises(NotFoundError, match=r"pets/train/cat/1\.jpg"):
+        show(f"experiment.tasks=[digits,{tmp_path / 'pets'}]")
+
+
 def test_weights_that_are_missing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

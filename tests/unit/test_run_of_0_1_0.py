@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nostalgia import evaluate, figures, report
-from tests.ranks import run_train
+from tests.ranks import Ranks, run_train
 
 OLD = Path(__file__).with_name("run_of_0_1_0")
 
@@ -34,6 +34,15 @@ def test_it_is_evaluated_as_it_was(old: Path) -> None:
     found = json.loads((old / "results" / "evaluation.json").read_text())
     last = json.loads((old / "results" / "results.json").read_text())["accuracy_matrix"][-1]
     assert [task["accuracy"] for task in found["tasks"]] == pytest.approx(last)
+
+
+def test_numbers_that_cannot_be_written_are_shown_and_the_option_is_named(old: Path, tmp_path: Path) -> None:
+    words = [str(old), "--output", str(old / "config.yaml" / "numbers.json")]
+    done = Ranks(evaluate.main, words, folder=tmp_path).wait()
+    assert done.codes == [2]
+    assert "task2_digits" in done.stdout
+    assert "numbers.json: cannot be written (" in done.stderr
+    assert "; name a file by --output" in done.stderr
 
 
 def test_it_is_not_resumed_and_says_so(old: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from nostalgia.config import parse
 from nostalgia.data.source import Source, stratified_split
 from nostalgia.data.sources import load_source
-from nostalgia.data.tasks import Missing, TaskSpec, build_tasks, expand_specs, find_tasks, head_classes
+from nostalgia.data.tasks import Missing, TaskSpec, build_tasks, data_notes, expand_specs, find_tasks, head_classes
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import record_data
 from tests.unit.data.trees import write_tree
@@ -62,6 +62,16 @@ def test_a_split_by_classes_is_disjoint_whole_and_seeded(count: int, sizes: list
     assert sorted(c for part in parts(1) for c in part) == [str(c) for c in range(10)]
     assert parts(1) == parts(1)
     assert parts(1) != parts(2)
+
+
+def test_a_single_class_under_its_own_head_is_noted() -> None:
+    def notes(entries: list[dict[str, object]]) -> list[str]:
+        return [note for note in data_notes(build_tasks(expand_specs(entries, ""), load, 0)) if "single class" in note]
+
+    first, second = {"dataset": "digits", "classes": [1]}, {"dataset": "digits", "classes": [2]}
+    (note,) = notes([first, {"dataset": "digits", "classes": [3, 4]}, second])
+    assert note.startswith("task1_digits and 1 more: a single class under its own head, which is always right")
+    assert notes([first, {**second, "head": "task1_digits"}]) == []
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import Tensor, nn
 
 from nostalgia.errors import UsageError
 from nostalgia.methods import Method
 from nostalgia.methods.loading import make_method
-from tests.unit.methods.context import CLASSES, Sequence2
+from tests.unit.methods.context import CLASSES, Features, Sequence2
 
 
-def trained(**options: object) -> tuple[Sequence2, Method, dict[str, Tensor], dict[str, Tensor]]:
+class Normalised(Features):
+    """With a batch norm between its layers."""
+
+    norm_frozen = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.norm(self.first(images.flatten(1))))))
+
+
+def trained(
+    make: Callable[[], nn.Module] = Features, **options: object
+) -> tuple[Sequence2, Method, dict[str, Tensor], dict[str, Tensor]]:
     """Two tasks of a method, before the second ends; the parameters at its start and as it was trained."""
-    run, method = Sequence2(), make_method("kronecker", {"num_samples": 12, **options}, 0)
+    run, method = Sequence2(make), make_method("kronecker", {"num_samples": 12, **options}, 0)
     run.first_task(method)
     start = {name: p.detach().clone() for name, p in run.backbone.named_parameters()}
     run.begin(method, 2)
@@ -92,6 +108,18 @@ def test_all_of_the_way_changes_nothing() -> None:
     assert all(torch.equal(p.detach(), end[name]) for name, p in run.backbone.named_parameters())
     assert torch.equal(run.heads[1].weight.detach(), head)
     assert method.state_dict()["path"] == {"start": None, "share": None}
+
+
+@pytest.mark.parametrize("path", [0.5, "auto"])
+def test_batch_norm_normalises_by_the_weights_that_are_kept(path: float | str) -> None:
+    run, method, _, _ = trained(Normalised, path=path)
+    norm: nn.BatchNorm1d = run.backbone.norm  # type: ignore[assignment]
+    before = norm.running_mean.clone()  # type: ignore[union-attr]
+    method.end_task(method.task)
+    images = [batch.images.flatten(1) for batch in method.task.samples(12)]
+    expected = torch.stack([run.backbone.first(x).mean(0) for x in images]).mean(0)  # type: ignore[operator]
+    torch.testing.assert_close(norm.running_mean, expected.detach(), atol=1e-12, rtol=0)
+    assert not torch.allclose(before, expected, atol=1e-3)
 
 
 def test_a_run_that_resumes_after_it_does_not_take_it_again() -> None:
