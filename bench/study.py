@@ -99,6 +99,7 @@ PENALTY = (3, 10, 30, 100, 300)
 VARIANTS = {
     **{f"kronecker T={T}": Arm("kronecker", (SAME,), {"strength": PENALTY, "temperature": (T,)}) for T in (1, 2, 4)},
     "kronecker T=4 fresh adapters": Arm("kronecker", (FRESH,), {"strength": PENALTY, "temperature": (4,)}),
+    "projection, fresh": Arm("nostalgia", (FRESH, "method.tail=none"), {"top_k": (32, 128)}),
     "kronecker T=4 anchor": Arm(
         "kronecker", (SAME, "method.anchor=1"), {"strength": PENALTY[:-1], "temperature": (4,)}
     ),

@@ -13,6 +13,7 @@ from nostalgia.curvature.operators import BatchedOperator, GGNOperator, HessianO
 from nostalgia.curvature.rows import GradientRows
 from nostalgia.data.stream import Batch
 from nostalgia.errors import UsageError
+from nostalgia.linalg.krylov import Operator
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState, lanczos
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.models.objective import Objective
@@ -89,7 +90,7 @@ def gradient_rows(
 
 
 def top_eigenpairs(
-    operator: BatchedOperator,
+    operator: Operator,
     k: int,
     options: CurvatureOptions,
     callback: Callable[[LanczosProgress], None] | None = None,

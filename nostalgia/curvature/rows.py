@@ -245,9 +245,12 @@ class _Sketch:
 
 
 @torch.no_grad()
-def eigenpairs_of_rows(rows: GradientRows, k: int, *, tol: float = 1e-2, budget_bytes: int = 2**30) -> Eigenpairs:
+def eigenpairs_of_rows(
+    rows: GradientRows, k: int, *, tol: float = 1e-2, budget_bytes: int = 2**30, mask: Tensor | None = None
+) -> Eigenpairs:
     """The ``k`` largest eigenpairs of the rows' X^T X, fewer where its rank is less; all ranks call it.
 
+    ``mask`` (P_local,) is 1 at the coordinates that count and 0 at those held constant; by default all count.
     ``budget_bytes`` bounds the rows held on a rank (never below what 2 k + 16 rows and a block take). ``residuals`` are 0
     but for rounding where all fit, else a bound in X^T X; a pair counts as converged when that is at most ``tol`` lambda.
     ``products`` is 0. The same for any number of ranks to rounding where all rows fit, else within the bound.
@@ -261,7 +264,7 @@ def eigenpairs_of_rows(rows: GradientRows, k: int, *, tol: float = 1e-2, budget_
     fits = budget_bytes // max(1, max(space.layout.local_sizes) * space.zeros(0).element_size())
     sketch = _Sketch(space, min(total, max(fits, keep + block)), keep)
     for part in rows:
-        sketch.add(part)
+        sketch.add(part if mask is None else part * mask)
     values, vectors = sketch.eigen()
     floor = len(values) * torch.finfo(space.dtype).eps * float(values[0].clamp_min(0.0))
     count = min(k, int((values > floor).sum()))
@@ -287,14 +290,16 @@ def eigenpairs_of_rows(rows: GradientRows, k: int, *, tol: float = 1e-2, budget_
 
 
 @torch.no_grad()
-def captured_energy(rows: GradientRows, basis: Tensor) -> float:
+def captured_energy(rows: GradientRows, basis: Tensor, mask: Tensor | None = None) -> float:
     """tr(Q^T G Q) / tr G for orthonormal rows Q = ``basis`` (k, P_local), G over the samples of ``rows``: 0 to 1.
 
+    ``mask`` as in `eigenpairs_of_rows`: G is that of the coordinates that count.
     An unbiased estimate of numerator and denominator, exact where all outputs are enumerated; all ranks call it.
     """
     space = rows.space
     inside, trace = 0.0, 0.0
-    for block in rows:
+    for found in rows:
+        block = found if mask is None else found * mask
         inside += float(space.gram(basis, block).square().sum())
         trace += float(space.all_reduce(block.double().square().sum()[None]))
     return inside / trace if trace > 0 else 0.0

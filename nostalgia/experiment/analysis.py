@@ -72,7 +72,7 @@ class Analysis:
         batches = curvature_samples(run, [task], self.run.config.analysis.captured_energy_samples, train=False)
         model = self.forgetting.losses.model(task)
         rows = gradient_rows(model, run.objective, batches, run.scope_parameters(), run.accelerator, options, run.space)
-        return captured_energy(rows, pairs.eigenvectors)
+        return captured_energy(rows, pairs.eigenvectors, run.method.task.first_order_mask())
 
     def _record(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs) -> None:
         run, options = self.run, self.run.config.analysis

@@ -53,6 +53,7 @@ def task_context(
         loader=loader,
         every_image=None if _augmented(run, tasks) else lambda: _every_image(run, tasks, places),
         passes=_passes(run, tasks),
+        begins_anew=run.merges_adapters,
         pause=pause,
     )
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nostalgia.curvature.eigenspace import CurvatureOptions
@@ -64,11 +65,24 @@ class TaskContext:
     """``every_image()``: this rank's share of all training images of the task, each once, as every epoch shows them. None where
     augmentation changes them from epoch to epoch. A rank's batches are as many as another's; padded rows have weight 0."""
     passes: float = 0.0  # how often the task's training sees each of them
+    begins_anew: bool = False
+    """Whether adapters are added into the weights before the next task, and begin again with B = 0."""
 
     @property
     def wants_curvature(self) -> bool:
         """Whether the task's curvature is used: by a later task, or because `curvature.last_task` asks for the last's."""
         return self.index < self.num_tasks or self.curvature.last_task
+
+    def first_order_mask(self) -> Tensor | None:
+        """0 at each A (P_local,) where adapters begin anew, 1 elsewhere; None where all count.
+
+        At B = 0 the weight s B A moves with B alone, to first order. A direction held in both would let B move in it, with a
+        change of A that does nothing taking it back.
+        """
+        if not (self.begins_anew and any(".lora_A." in name for name in self.parameters)):
+            return None
+        counts = (torch.full_like(p, float(".lora_A." not in name)) for name, p in self.parameters.items())
+        return self.space.take(p.detach() for p in counts)
 
     pause: Callable[[int, int, int], None] = _no_pause
     """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nostalgia.curvature.eigenspace import CurvatureOptions, gradient_rows, task_operator, top_eigenpairs
 from nostalgia.curvature.rows import eigenpairs_of_rows
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.lanczos import Eigenpairs, LanczosProgress, LanczosState
+from nostalgia.linalg.restricted import Restricted
+from nostalgia.linalg.subspace import polish_
 from nostalgia.methods.base import TaskContext
 
 VECTORS = ("basis", "parked")
@@ -29,13 +33,13 @@ class Eigensolver:
         With ``curvature.solver=rows`` one pass over the samples, without a state: one that is broken off begins again.
         Raises RunFailedError where no pair converged.
         """
-        options = task.curvature
+        options, mask = task.curvature, task.first_order_mask()
         batches = task.samples(options.num_samples, options.batch_size)
         if options.solver == "rows":
             rows = gradient_rows(
                 task.model, task.objective, batches, task.parameters, task.accelerator, options, task.space
             )
-            pairs = eigenpairs_of_rows(rows, k, tol=options.tol, budget_bytes=options.rows_budget_bytes)
+            pairs = eigenpairs_of_rows(rows, k, tol=options.tol, budget_bytes=options.rows_budget_bytes, mask=mask)
             return _some_converged(
                 pairs, task, f"in {options.rows_budget_bytes} bytes of rows; raise curvature.rows_budget_bytes"
             )
@@ -48,8 +52,10 @@ class Eigensolver:
             task.pause(progress.products, progress.converged, k)
 
         state, self.unfinished = self.unfinished, None
-        pairs = top_eigenpairs(operator, k, options, follow, state)
+        pairs = top_eigenpairs(operator if mask is None else Restricted(operator, mask), k, options, follow, state)
         self.unfinished = None
+        if mask is not None:  # the first vector of the solve is random in all coordinates
+            pairs = replace(pairs, eigenvectors=polish_(pairs.eigenvectors * mask, task.space))
         how = f"in {pairs.products} products; raise curvature.max_products or curvature.tol"
         return _some_converged(pairs, task, how)
 
@@ -65,9 +71,7 @@ class Eigensolver:
         if state is None:
             self.unfinished = None
             return
-        rest: dict[str, Any] = {
-            key: item.cpu() if isinstance(item, torch.Tensor) else item for key, item in state.items()
-        }
+        rest: dict[str, Any] = {key: item.cpu() if isinstance(item, Tensor) else item for key, item in state.items()}
         vectors, rows = rest.pop("vectors").rows, rest.pop("rows")
         self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
 

@@ -25,6 +25,14 @@ def is_main() -> bool:
     return world_size() == 1 or dist.get_rank() == 0
 
 
+def carrier(device: torch.device) -> torch.device:
+    """Where a tensor of ``device`` must lie for a collective: a group of NCCL alone takes none on the CPU."""
+    if world_size() == 1:
+        return device
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    return device if device.type in kinds else torch.device(kinds[0])
+
+
 @torch.no_grad()
 def to_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies on rank 0's CPU; empty on the other ranks. Plain tensors must be the same on all ranks."""
@@ -46,7 +54,7 @@ def from_main(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], sourc
     if problem:
         raise NotFoundError(f"{source}: {problem}")
     for name, target in targets.items():
-        device = target.to_local().device if isinstance(target, DTensor) else target.device
+        device = carrier(target.to_local().device if isinstance(target, DTensor) else target.device)
         whole = values[name].to(device) if is_main() else torch.empty(target.shape, dtype=target.dtype, device=device)
         if world_size() > 1:
             dist.broadcast(whole, 0)

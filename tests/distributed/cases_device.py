@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from nostalgia.curvature import GGNOperator, HessianOperator
 from nostalgia.curvature.base import BatchedOperator
 from nostalgia.linalg.lanczos import lanczos
+from nostalgia.parallel.tensors import from_main
 from nostalgia.projection import CurvatureMemory, GradientProjector
 from tests.distributed.cases_operators import SAMPLES, compare, in_scope, share
 from tests.unit.curvature.networks import NETWORKS, Oracle, batches, forward_fn, loss_fn, relative
@@ -41,6 +42,17 @@ def check_all(device: str, wraps: Sequence[str] = ("ddp", "fsdp2")) -> dict[str,
             if kind == "mlp":
                 errors.update(check_eigenpairs_and_projection(model, hessian, oracle, wrap))
     return errors
+
+
+def restore_on_cuda_alone() -> list[float]:
+    """What rank 0's values become on both ranks, of a target on the CPU and one on the card, in a group that takes no tensor on
+    the CPU, as NCCL's."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("cuda:gloo")
+    targets = {"step": torch.tensor(0.0), "weight": torch.zeros(2, device="cuda")}
+    from_main(targets, {"step": torch.tensor(3.0), "weight": torch.tensor([1.0, 2.0])}, "here")
+    assert targets["step"].device.type == "cpu"
+    return [float(targets["step"]), *targets["weight"].tolist()]
 
 
 def shard(model: nn.Module, device: str) -> None:

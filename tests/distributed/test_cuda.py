@@ -32,6 +32,10 @@ def test_two_ranks_on_one_card_equal_the_dense_matrices_of_the_cpu() -> None:
             assert error <= (1e-8 if "eigenvalues" in what else 1e-10), what
 
 
+def test_a_checkpoint_s_tensors_reach_ranks_whose_group_takes_none_on_the_cpu() -> None:
+    assert run_ranks(cases_device.restore_on_cuda_alone, 2, environment=ONE_CARD) == [[3.0, 1.0, 2.0]] * 2
+
+
 def test_fsdp_ranks_that_share_a_card_are_refused() -> None:
     fsdp = {**ONE_CARD, "ACCELERATE_USE_FSDP": "true"}
     done = run_train(["--suite", "demo", "train.accelerator=gpu"], world_size=2, environment=fsdp)
