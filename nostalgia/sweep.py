@@ -110,8 +110,7 @@ def plan(options: Options) -> list[Cell]:
     Raises UsageError where a finished run had other settings, and for a strength that a method does not have.
     """
     cells = []
-    seeds = (*options.seeds, *(seed for seed in options.select_seeds if seed not in options.seeds))
-    for seed in seeds:
+    for seed in (*options.select_seeds, *options.seeds):  # what strengths are chosen on comes first
         for method in options.methods:
             for strength in _strengths(method, options.strengths):
                 cells.append(_cell(method, strength, seed, options))

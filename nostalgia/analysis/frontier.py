@@ -56,6 +56,7 @@ class Frontier:
     points: list[Point]
     rows: list[Row]
     selected_on: list[int]  # seeds; empty: on the reported ones themselves
+    undecided: list[str]  # methods of several strengths whose runs on those seeds, or fine-tuning's, are missing
 
 
 def frontier(cells: Cells, select_seeds: Sequence[int] = ()) -> Frontier:
@@ -64,17 +65,28 @@ def frontier(cells: Cells, select_seeds: Sequence[int] = ()) -> Frontier:
     chosen_on = (
         {key: [r for r in runs if r.seed in select_seeds] for key, runs in cells.items()} if select_seeds else reported
     )
-    points = _points(reported)
-    rows = []
+    points, compared = _points(reported), any(runs and key[0] == BASELINE for key, runs in cells.items())
+    rows, undecided = [], []
     for method in dict.fromkeys(p.method for p in points):
         own = [p for p in points if p.method == method]
-        choice = {(p.method, p.strength): p for p in _points(_over_common_seeds(chosen_on, method))}
-        baseline = choice.get((BASELINE, None))
+        candidates = _points(_over_common_seeds(chosen_on, method))
+        if compared and not any(p.method == BASELINE for p in candidates):
+            candidates = []
+        if not any(p.method == method for p in candidates):
+            if len(own) > 1:
+                undecided.append(method)
+                continue
+            candidates = _points(_over_common_seeds(reported, method))  # nothing is to be chosen
+        baseline = next((p for p in candidates if p.method == BASELINE), None)
         least = None if baseline is None else _number(baseline, "learning_accuracy") - MARGIN
-        best, reaches = _choose([choice.get((p.method, p.strength), p) for p in own], least)
-        point = next(p for p in own if p.strength == best.strength)
-        rows.append(Row(point, reaches, _p_value(reported, point)))
-    return Frontier(points, sorted(rows, key=lambda row: -(row.point.mean["acc"] or 0.0)), list(select_seeds))
+        best, reaches = _choose([p for p in candidates if p.method == method], least)
+        point = next((p for p in own if p.strength == best.strength), None)
+        if point is None:  # the chosen strength has no reported run yet
+            undecided.append(method)
+        else:
+            rows.append(Row(point, reaches, _p_value(reported, point)))
+    rows.sort(key=lambda row: -(row.point.mean["acc"] or 0.0))
+    return Frontier(points, rows, list(select_seeds), undecided)
 
 
 def _over_common_seeds(cells: Cells, method: str) -> Cells:
@@ -181,6 +193,8 @@ def note(found: Frontier) -> str:
         by_seeds.setdefault(", ".join(map(str, row.point.seeds)), []).append(row.point.method)
     apart = "; ".join(f"{', '.join(methods)} over {shown}" for shown, methods in by_seeds.items())
     incomplete = f"Not all rows are over the same seeds: {apart}. " if len(by_seeds) > 1 else ""
+    if found.undecided:
+        incomplete += f"Not chosen yet, for want of runs: the strength of {', '.join(found.undecided)}. "
     return incomplete + (
         f"Strength of the highest ACC among those with LA within {MARGIN:.3f} of fine-tuning's, chosen {seeds}; * where none "
         "is: then that of the highest LA. left: mean BWT over fine-tuning's; class-inc: ACC with the task unknown; bytes: kept "

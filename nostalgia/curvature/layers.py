@@ -46,7 +46,7 @@ def find_layers(network: Network) -> tuple[list[Layer], list[str]]:
         adapted, mark, _ = name.partition(".lora_A." if ".lora_A." in name else ".lora_B.")
         module: Any = modules[adapted if mark else owner]
         base = module.get_base_layer() if is_adapted(module) else module
-        if not _supported(base) or attribute != "weight":
+        if not has_rows(base) or attribute != "weight":
             rest.append(name)
         elif mark:
             known = layers.setdefault(adapted, Layer(adapted, module, base, (), float(module.scaling["default"])))
@@ -112,7 +112,8 @@ def output_rows(layer: nn.Module, g: Tensor) -> Tensor:
     return g.reshape(len(g), -1, g.shape[-1])
 
 
-def _supported(layer: nn.Module) -> bool:
+def has_rows(layer: nn.Module) -> bool:
+    """Whether `input_rows` and `output_rows` are those of the layer: linear, or a plain convolution of one group."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear)

@@ -59,14 +59,16 @@ class ExemplarLoader:
     def drawn(self, count: int, key: int) -> Batch:
         """This rank's share of ``count`` exemplars (at most all of them), drawn without replacement by ``key``.
 
-        A rank without one gets a row of weight zero.
+        A rank with fewer than two, which batch norm cannot normalise by themselves, gets stand-ins of weight zero.
         """
         generator = torch.Generator().manual_seed(stable_seed(self.seed, key))
-        chosen = torch.randperm(len(self), generator=generator)[:count]
-        mine = chosen.tensor_split(self.world_size)[self.rank]
-        weights = torch.ones(max(1, len(mine)), dtype=self.view.dtype, device=self.view.device)
-        if len(mine) == 0:
-            mine, weights = chosen[:1], weights * 0
+        order = torch.randperm(len(self), generator=generator)
+        mine = order[:count].tensor_split(self.world_size)[self.rank]
+        others = order[~torch.isin(order, mine)] if len(order) > 1 else order
+        weights = torch.zeros(max(2, len(mine)), dtype=self.view.dtype, device=self.view.device)
+        weights[: len(mine)] = 1
+        mine = torch.cat([mine, others[: max(0, 2 - len(mine))]])
+        weights = weights[: len(mine)]
         return replace(self.take(mine, weights, key), draw=stable_seed(self.seed, "dropout", key))
 
     def take(self, positions: Tensor, weights: Tensor, epoch: int = 0) -> Batch:

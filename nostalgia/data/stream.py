@@ -228,11 +228,9 @@ def curvature_batches(
 
 
 def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:
-    """At most ``count`` indices, each class in proportion to its size, in random order."""
+    """At most ``count`` indices, each class in proportion to its size, and so in every beginning of them; otherwise random."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    if count >= len(labels):
-        return order
     # The i-th of n members of a class stands at quantile (i + 1/2) / n: the first `count` spread over all.
     shuffled = labels[order]
     quantile = torch.empty(len(labels), dtype=torch.float64)

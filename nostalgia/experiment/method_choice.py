@@ -33,9 +33,10 @@ def complete_method(config: Config) -> list[str]:
     method.check(len(task_specs(config)), curvature_options(config))
     check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
     if config.model.use_lora and config.model.lora.merge == "task" and method.keeps_positions:
+        tail = f" method.tail={method.config.tail}" if hasattr(method.config, "tail") else ""
         raise UsageError(
-            f"model.lora.merge=task with method={name}: it holds parameters to what they were, and adapters begun anew are "
-            "others; use model.lora.merge=never"
+            f"model.lora.merge=task with method={name}{tail}: it holds parameters to what they were, and adapters begun anew "
+            "are others; use model.lora.merge=never"
         )
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}

@@ -49,8 +49,9 @@ class RunCheckpoint:
         if training is not None and state.stage != "baseline":  # which trains a head on a copy
             backbone = training.backbone
         phase = None if training is None else training.capture()
-        # Between phases they are those the last task ended with, whichever an evaluation under way has put in.
-        between = training is None and len(run.norm_statistics) > 0
+        # Between phases they are those the last task ended with, whichever an evaluation under way has put in; while a task
+        # ends, those that its method has made of them so far.
+        between = training is None and state.stage != "end" and len(run.norm_statistics) > 0
         own = run.norm_statistics[-1] if between else norm_statistics.capture(backbone)
         ranks = tensors.gather_objects({**capture_random_state(run.view.device), "norm": own})
         method = self.codec.encode(run.method.state_dict(), "method", f"method={run.method.name}")
@@ -67,6 +68,7 @@ class RunCheckpoint:
         content = {
             "run": state.to_json(),
             "phase": None if phase is None else phase.position,
+            "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
             "method": method.plain,
             "analysis": analysis.plain,
             "log": log,
@@ -116,6 +118,8 @@ class RunCheckpoint:
         if isinstance(self.method_state, Mapping):
             self.method_state = ReadOnce(self.method_state)
         self.load_method(source)
+        if run.accelerator.scaler is not None and saved["scaler"]:
+            run.accelerator.scaler.load_state_dict(saved["scaler"])
         if saved["phase"] is not None:
             resumed.phase = SavedPhase(saved["phase"], _below("phase", values))
         return state

@@ -12,6 +12,7 @@ from nostalgia.data.exemplars import ExemplarLoader
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.exemplar_memory import ExemplarMemory
 from nostalgia.methods.vectors import add_to, gradients_of, training_space
+from nostalgia.models import norm_statistics
 from nostalgia.options import option
 
 
@@ -65,6 +66,10 @@ class AGem(Method):
             else:
                 parameter.grad.copy_(gradient)
         products = space.gram(reference[None], torch.stack([mine, reference]))[0]
+        if self.task.accelerator.scaler is not None and not bool(torch.isfinite(products).all()):
+            for parameter in trained:  # float16's scaler has not seen the reference: this step is left out here
+                parameter.grad = None
+            return
         self._violated = float(products[0] < 0)
         if products[0] < 0:
             add_to(gradients_of(self.task), reference.mul_(float(-products[0] / products[1])))
@@ -72,9 +77,10 @@ class AGem(Method):
     def _reference(self, exemplars: ExemplarLoader) -> None:
         """Leave the mean gradient of drawn exemplars in the parameters' gradients, synchronised over ranks."""
         task, count = self.task, min(self.config.reference_size, len(exemplars))
-        output = task.objective(task.model, exemplars.drawn(count, self.steps))
         scaler = task.accelerator.scaler
-        task.accelerator.backward(output.loss * (task.accelerator.num_processes / count))
+        with norm_statistics.held(task.model):  # they are those of the task's own images
+            output = task.objective(task.model, exemplars.drawn(count, self.steps))
+            task.accelerator.backward(output.loss * (task.accelerator.num_processes / count))
         if scaler is not None:
             for gradient in gradients_of(task):
                 gradient.div_(scaler.get_scale())

@@ -119,8 +119,9 @@ class Method:
     ``model.lora.merge``."""
     prefers_merged_adapters: bool = False
     """What ``model.lora.merge=auto`` means: merge and begin anew (B = 0, A as it is), or never; an instance may set it."""
-    keeps_positions: ClassVar[bool] = False
-    """Holds parameters to values they had, so that adapters cannot begin anew: ``model.lora.merge=task`` is refused."""
+    keeps_positions: bool = False
+    """Holds parameters to values they had, so that adapters cannot begin anew: ``model.lora.merge=task`` is refused;
+    an instance may set it."""
     strengths: ClassVar[tuple[float, ...]] = ()
     """Grid over which a comparison searches `strength_option`."""
     strength_option: ClassVar[str] = "strength"

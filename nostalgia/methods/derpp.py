@@ -26,7 +26,8 @@ class DarkExperienceReplay(ExperienceReplay):
     """er, plus alpha |z - z_stored|^2 (mean over the outputs of the exemplar's own head).
 
     Buzzega et al. 2020, https://arxiv.org/abs/2004.07211. Outputs are stored at the end of a task, without augmentation, in
-    evaluation mode; the paper stores them while it trains. Remembers exemplars and their outputs within ``budget_bytes``.
+    evaluation mode; the paper stores them while it trains, and draws other exemplars for each of the two terms. Remembers
+    exemplars and their outputs within ``budget_bytes``.
     """
 
     name = "derpp"

@@ -19,15 +19,15 @@ class ExemplarMemory:
     def __init__(self, budget_bytes: int, seed: int) -> None:
         self.budget_bytes, self.seed = budget_bytes, seed
         self.per_task: dict[int, list[int]] = {}
-        self.image_bytes = 0
+        self.bytes_each: dict[int, int] = {}  # of a task's exemplar, what is kept beside its image included
 
     def add(self, task: TaskContext, extra_bytes: int = 0) -> None:
         """Choose exemplars of the task that ends; ``extra_bytes`` are kept with each beside its image."""
-        self.image_bytes = task.image_bytes + extra_bytes
-        share = self.budget_bytes // self.image_bytes // task.index
+        self.bytes_each[task.index] = task.image_bytes + extra_bytes
+        counts = {number: self.budget_bytes // each // task.index for number, each in self.bytes_each.items()}
         for number, indices in self.per_task.items():
-            self.per_task[number] = indices[:share]
-        labels = task.tasks[-1].train.labels
+            self.per_task[number] = indices[: counts[number]]
+        labels, share = task.tasks[-1].train.labels, counts[task.index]
         chosen = stratified_choice(labels, min(share, len(labels)), stable_seed(self.seed, "exemplars", task.index))
         self.per_task[task.index] = chosen.tolist()
 
@@ -39,11 +39,14 @@ class ExemplarMemory:
 
     @property
     def bytes(self) -> int:
-        return len(self) * self.image_bytes
+        return sum(len(indices) * self.bytes_each[task] for task, indices in self.per_task.items())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tasks": {str(task): indices for task, indices in self.per_task.items()}, "bytes": self.image_bytes}
+        return {
+            "tasks": {str(task): indices for task, indices in self.per_task.items()},
+            "bytes": {str(task): each for task, each in self.bytes_each.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.per_task = {int(task): list(indices) for task, indices in state["tasks"].items()}
-        self.image_bytes = state["bytes"]
+        self.bytes_each = {int(task): each for task, each in state["bytes"].items()}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nostalgia.curvature.layers import has_rows, input_rows
 from nostalgia.methods.base import Method, TaskContext
 from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
@@ -82,7 +82,7 @@ class Gpm(Method):
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, arguments: Any) -> None:
-                x = input_rows(module, arguments[0]).double()
+                x = input_rows(module, arguments[0]).double().flatten(0, 1)
                 moments[name] += x.T @ x
 
             return hook
@@ -118,20 +118,10 @@ class Gpm(Method):
 
 
 def layers_of(backbone: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
-    """The linear and (ungrouped) convolution layers whose weight is in scope, by the weight's name."""
+    """The linear and plain convolution layers whose weight is in scope, by the weight's name."""
     for name, module in backbone.named_modules():
-        fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if fits and f"{name}.weight" in parameters:
+        if has_rows(module) and f"{name}.weight" in parameters:
             yield f"{name}.weight", module
-
-
-def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's inputs as rows (n, i): tokens of a linear layer, patches of a convolution."""
-    if isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str)
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-    return x.flatten(0, -2)
 
 
 def grown_span(span: Tensor | None, moment: Tensor, threshold: float) -> Tensor:

@@ -20,7 +20,8 @@ class L2SpConfig:
 class L2Sp(Method):
     """lam/2 |theta - theta_0|^2, theta_0 the parameters in scope before the first task.
 
-    Li, Grandvalet and Davoine 2018, https://arxiv.org/abs/1802.01483. Remembers P numbers.
+    Li, Grandvalet and Davoine 2018, https://arxiv.org/abs/1802.01483, without its second term, a pull of the new head to zero
+    (``train.weight_decay`` pulls there, all that is trained). Remembers P numbers.
     """
 
     name = "l2sp"

@@ -21,7 +21,7 @@ from nostalgia.methods.distillation import Distillation
 from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 from nostalgia.methods.path import PATH_HELP, PathStep, check_path
-from nostalgia.methods.tail import TAILS, KroneckerTail, TailOptions, make_tail
+from nostalgia.methods.tail import TAILS, KroneckerTail, QuadraticTail, TailOptions, make_tail
 from nostalgia.models.objective import Output
 from nostalgia.options import option
 from nostalgia.projection import GradientProjector
@@ -83,6 +83,7 @@ class Nostalgia(Method):
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"
         self.prefers_merged_adapters = isinstance(self.tail, KroneckerTail)
+        self.keeps_positions = isinstance(self.tail, QuadraticTail)
         self.distillation = Distillation(config.anchor, config.anchor_temperature)
         self.num_tasks = 1
         self._fraction: Tensor | None = None

@@ -18,6 +18,7 @@ from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
 from nostalgia.methods.vectors import gradients_of
 from nostalgia.options import option
+from nostalgia.parallel.tensors import world_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class NostalgiaEwc(Method):
 
     def bytes_remembered(self) -> int:
         return self.eigenspace.bytes_remembered() + (
-            0 if self.center is None else self.center.numel() * self.center.element_size()
+            0 if self.center is None else world_size() * self.center.numel() * self.center.element_size()
         )
 
     def eigenpairs(self) -> Eigenpairs | None:

@@ -59,7 +59,8 @@ class SynapticIntelligence(Method):
             return
         before = self._parameters(self.task)
         optimizer.step()
-        self.path.addcmul_(self._gradient, self._parameters(self.task).sub_(before), value=-1.0)
+        if not getattr(optimizer, "step_was_skipped", False):  # by float16's scaler: the gradient is not finite
+            self.path.addcmul_(self._gradient, self._parameters(self.task).sub_(before), value=-1.0)
         self._gradient = None
 
     def end_task(self, task: TaskContext) -> None:

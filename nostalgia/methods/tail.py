@@ -104,7 +104,10 @@ class KroneckerTail(Tail):
         update = self.memory.update(factors, parameters)
         self.note = ""
         if update.merged:
-            self.note = f"factors of {update.tasks} tasks are merged into one pair a layer, {update.error:.1%} off"
+            self.note = (
+                f"factors of {update.tasks} tasks are merged into one pair a layer; "
+                f"adding this task's is {update.error:.1%} off"
+            )
 
     def increase(self, task: TaskContext) -> Tensor:
         if not self.memory.tasks:

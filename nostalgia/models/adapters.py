@@ -180,7 +180,12 @@ def restart_adapters(backbone: Backbone, seed: int | None) -> None:
     with seeded(0 if seed is None else seed):
         for layer in _adapted_layers(backbone).values():
             if seed is not None:
+                module = layer.lora_A["default"]
+                own = module.weight
+                module.weight = nn.Parameter(torch.empty_like(own, device="cpu"))  # drawn there, as at attachment
                 layer.reset_lora_parameters("default", True)
+                own.copy_(module.weight)
+                module.weight = own
             layer.lora_B["default"].weight.zero_()
 
 

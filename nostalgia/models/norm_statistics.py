@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +64,18 @@ def using(backbone: nn.Module, statistics: Mapping[str, Tensor] | None) -> Itera
         apply(backbone, own)
 
 
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Running statistics of ``model``, in whatever mode it is, are as they were after the block."""
+    buffers = _buffers(model)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    try:
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.copy_(before[name])
+
+
 def freeze(backbone: Backbone, frozen: bool = True) -> None:
     """Keep batch-norm layers in evaluation mode, whatever ``train()`` says later: no updates."""
     backbone.norm_frozen = frozen
@@ -74,7 +87,8 @@ def measure_anew(backbone: Backbone, batches: Iterable[Tensor]) -> None:
     """Put the statistics of ``batches``, images (B, C, H, W) of this rank, in place of the running ones, the mean over batches
     and ranks: after weights were changed without training. Nothing where they are frozen, or there are none.
 
-    A collective; a batch of one image is left out, which batch norm cannot normalise by itself.
+    A collective, though ranks may have other numbers of batches; a batch of one image is left out, which batch norm cannot
+    normalise by itself.
     """
     layers = [layer for _, layer in _layers(backbone)]
     if not layers or backbone.norm_frozen:
@@ -86,22 +100,24 @@ def measure_anew(backbone: Backbone, batches: Iterable[Tensor]) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
+        # SyncBatchNorm's own would wait for ranks with fewer batches.
+        vars(layer)["forward"] = partial(_BatchNorm.forward, layer)
     for images in usable:
         backbone(images)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+        vars(layer).pop("forward", None)
     backbone.train(training)
-    average_over_ranks(backbone)
+    average_over_ranks(backbone, len(usable))
 
 
 @torch.no_grad()
-def average_over_ranks(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Make every rank's statistics those of all ranks' batches together; one all-reduce, no-op on one
-    process.
+def average_over_ranks(backbone: nn.Module, share: float = 1.0, group: dist.ProcessGroup | None = None) -> None:
+    """Make every rank's statistics those of all ranks' batches together; one all-reduce, no-op on one process.
 
-    Every rank saw as many rows, so with m_r, v_r a rank's mean and variance: ``m = mean_r m_r`` and
-    ``v = mean_r (v_r + m_r^2) - m^2`` (the variances' own average would lack the spread of the means). All
-    ranks must call it.
+    With m_r, v_r a rank's mean and variance: ``m = mean_r m_r`` and ``v = mean_r (v_r + m_r^2) - m^2`` (the variances' own
+    average would lack the spread of the means), each rank with weight ``share``, by default alike; where all are 0 nothing
+    changes. All ranks must call it.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
@@ -112,9 +128,11 @@ def average_over_ranks(backbone: nn.Module, group: dist.ProcessGroup | None = No
         return
     means = torch.cat(own_means).double()  # (channels of all layers,)
     variances = torch.cat(own_variances).double()
-    moments = torch.stack([means, variances + means.square()]) / dist.get_world_size(group)
+    moments = share * torch.stack([means, variances + means.square(), torch.ones_like(means)])
     dist.all_reduce(moments, group=group)
-    mean, square = moments
+    if not bool(moments[2, 0]):
+        return
+    mean, square = moments[:2] / moments[2]
     variance = (square - mean.square()).clamp_min(0)
     sizes = [len(value) for value in own_means]
     for values, result in ((own_means, mean), (own_variances, variance)):

@@ -159,13 +159,11 @@ class Training:
 
         A collective: all ranks call it, between two steps.
         """
-        scaler = self.phase.accelerator.scaler
         position = {
             "epoch": self.epoch,
             "step": self.step,
             "taken": self.taken,
             "scheduler": self.scheduler.last_epoch,
-            "scaler": None if scaler is None else scaler.state_dict(),
         }
         return SavedPhase(position, tensors.to_main({**self._heads(), **self._optimizer_state()}))
 
@@ -188,8 +186,6 @@ class Training:
         tensors.from_main({**self._heads(), **self._optimizer_state()}, state.tensors, source)
         self.scheduler.last_epoch = position["scheduler"] - 1
         self._advance_rate()
-        if self.phase.accelerator.scaler is not None and position["scaler"] is not None:
-            self.phase.accelerator.scaler.load_state_dict(position["scaler"])
 
     def _run_epoch(self) -> None:
         phase = self.phase

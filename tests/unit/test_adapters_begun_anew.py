@@ -28,6 +28,12 @@ def test_auto_is_what_the_method_prefers(words: list[str], auto: bool, never: bo
         assert merges_adapters(config, chosen_method(config)) is expected, merge
 
 
+@pytest.mark.parametrize("tail", ["diagonal", "isotropic"])
+def test_a_tail_that_holds_positions_does_not_either(tail: str) -> None:
+    with pytest.raises(UsageError, match=rf"model.lora.merge=task with method=nostalgia method.tail={tail}: "):
+        complete_method(parse([*LORA, "method=nostalgia", f"method.tail={tail}", "model.lora.merge=task"]).config)
+
+
 @pytest.mark.parametrize("method", ["ewc", "si", "l2sp", "nostalgia_ewc", "averaging"])
 def test_what_holds_positions_does_not_begin_anew(method: str) -> None:
     with pytest.raises(UsageError, match=rf"model.lora.merge=task with method={method}: .*use model.lora.merge=never"):

@@ -35,6 +35,27 @@ def test_stopped_while_an_earlier_task_is_evaluated_the_last_tasks_statistics_ar
         assert torch.equal(contents.tensors[f"ranks/0/norm/{name}"], value), name
 
 
+def test_stopped_while_a_task_ends_what_its_method_made_of_the_statistics_is_kept() -> None:
+    run = build_components(parse(RESNET).config, Accelerator(cpu=True), "32")
+    run.norm_statistics += [norm_statistics.capture(run.backbone)]
+    anew = {name: value + 1 for name, value in run.norm_statistics[0].items()}
+    norm_statistics.apply(run.backbone, anew)
+    checkpoint = RunCheckpoint(run, SimpleNamespace(state=dict), run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    contents = checkpoint.take("eigensolve", RunState(round=1, stage="end"), None, {})
+    for name, value in anew.items():
+        assert torch.equal(contents.tensors[f"ranks/0/norm/{name}"], value), name
+
+
+def test_the_gradient_scaler_goes_on_at_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between phases too: it would begin at its first scale, and leave out other steps."""
+    accelerator = Accelerator(cpu=True)
+    run = build_components(parse(RESNET).config, accelerator, "32")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    checkpoint = RunCheckpoint(run, SimpleNamespace(state=dict), run.backbone.state_dict(), Path())  # type: ignore[arg-type]
+    contents = checkpoint.take("end_of_task", RunState(round=2), None, {})
+    assert contents.state["scaler"]["scale"] == 256.0
+
+
 class Whole(Method):
     """A method whose state is read whole, by ``dict``."""
 

@@ -68,6 +68,24 @@ def test_strengths_are_chosen_on_the_selection_seeds_and_reported_on_the_others(
     assert "chosen on seeds 2" in markdown(found)
 
 
+def test_no_strength_is_chosen_on_the_reported_seeds_where_selection_runs_are_missing() -> None:
+    """Of a sweep that is not finished: one strength's, all of a method's, or fine-tuning's."""
+    cells = dict(made())
+    cells["ewc", 10.0] = cells["ewc", 10.0][:2]
+    found = frontier(cells, select_seeds=[2])
+    row = next(row for row in found.rows if row.point.method == "ewc")
+    assert row.point.strength == 1.0  # 10 is better on the reported seeds
+    assert found.undecided == []
+    for missing in ("ewc", "finetune"):
+        short = {key: runs[:2] if key[0] == missing else runs for key, runs in made().items()}
+        found = frontier(short, select_seeds=[2])
+        assert found.undecided == ["ewc"], missing
+        assert {row.point.method for row in found.rows} == {"finetune", "gpm"}
+        assert note(found).startswith("Not chosen yet, for want of runs: the strength of ewc. ")
+    rows = {row.point.method: row for row in found.rows}
+    assert not rows["gpm"].reaches  # nothing is chosen there: held against the reported seeds
+
+
 def test_files_and_figure_and_an_independent_recomputation(tmp_path: Path) -> None:
     for (method, strength), runs in made().items():
         for run in runs:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nostalgia.data.exemplars import ExemplarLoader
 from nostalgia.data.images import ArrayImages, Subset
 from nostalgia.data.resizing import Resizing
 from nostalgia.data.sources import load_source
@@ -213,6 +214,29 @@ def test_curvature_set_keeps_class_proportions() -> None:
     labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 50)
     counts = torch.bincount(labels[stratified_choice(labels, 40, seed=1)])
     assert counts.tolist() == [20, 10, 10]
+
+
+def test_a_beginning_of_a_choice_keeps_them_too() -> None:
+    """What is left of a task's exemplars when later ones need room, where all of its images fitted first."""
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 20)
+    for count in (60, 80, 200):
+        beginning = stratified_choice(labels, count, seed=1)[:20]
+        assert torch.bincount(labels[beginning]).tolist() == [10, 5, 5]
+
+
+def test_drawn_exemplars_are_shared_out_and_never_one_alone(files: Prepared) -> None:
+    def drawn(rank: int, world_size: int) -> tuple[list[int], list[float]]:
+        exemplars = [(1, index) for index in range(5)]
+        loader = ExemplarLoader(
+            exemplars, files, VIEW, augment=["none"], heads=[0], seed=0, rank=rank, world_size=world_size
+        )
+        batch = loader.drawn(4, 7)
+        return batch.indices.tolist(), batch.weights.tolist()
+
+    whole, _ = drawn(0, 1)
+    shares = [drawn(rank, 3) for rank in range(3)]
+    assert [weights for _, weights in shares] == [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    assert [i for indices, weights in shares for i, w in zip(indices, weights, strict=True) if w] == whole
 
 
 @pytest.mark.parametrize("threads", [1, 3])

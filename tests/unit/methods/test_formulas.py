@@ -112,6 +112,27 @@ def test_si_weighs_by_the_path_integral() -> None:
     assert_equal(run.gradients(si), expected)
 
 
+class Skipping(torch.optim.SGD):
+    """As Accelerate's optimizer where float16's scaler leaves a step out."""
+
+    step_was_skipped = True
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def test_si_leaves_out_the_steps_that_the_scaler_leaves_out() -> None:
+    run, si = Sequence2(), method("si", strength=0.5)
+    run.begin(si, 1)
+    run.gradients(si)
+    si._gradient.fill_(torch.inf)  # type: ignore[attr-defined]
+    si.step(Skipping(run.backbone.parameters(), lr=0.1))
+    assert not si.path.any()  # type: ignore[attr-defined]
+    run.steps(si)
+    assert bool(torch.isfinite(si.path).all())  # type: ignore[attr-defined]
+    assert si.path.any()  # type: ignore[attr-defined]
+
+
 def test_lwf_distils_the_old_heads_outputs() -> None:
     run, lwf = Sequence2(), method("lwf", strength=0.8, temperature=3)
     run.first_task(lwf)
@@ -235,6 +256,56 @@ def test_agem_takes_out_what_points_against_the_exemplars() -> None:
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
     assert g @ reference < 0
     assert abs(float(found @ reference)) < 1e-10
+
+
+class Normalised(Features):
+    """With a batch norm between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.norm(self.first(images.flatten(1))))))
+
+
+def test_agem_s_exemplars_leave_the_running_statistics_alone() -> None:
+    statistics = []
+    for name, options in (("agem", {"budget_bytes": 6 * 12, "reference_size": 4}), ("finetune", {})):
+        run, one = Sequence2(Normalised), method(name, **options)
+        run.first_task(one)
+        run.begin(one, 2)
+        run.gradients(one)
+        statistics.append([buffer.clone() for buffer in run.backbone.buffers()])
+    assert len(statistics[0]) == 3
+    for own, plain in zip(*statistics, strict=True):
+        torch.testing.assert_close(own, plain, atol=0, rtol=0)
+
+
+def test_agem_takes_no_step_where_the_exemplars_overflow_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, agem = Sequence2(), method("agem", budget_bytes=6 * 12, reference_size=4)
+    run.first_task(agem)
+    run.begin(agem, 2)
+
+    def overflow(exemplars: object) -> None:
+        for parameter in run.backbone.parameters():
+            parameter.grad = torch.full_like(parameter, torch.inf)
+
+    monkeypatch.setattr(agem, "_reference", overflow)
+    run.accelerator.scaler = object()  # type: ignore[assignment]
+    assert run.gradients(agem) == {}
+
+
+def test_derpp_s_exemplars_are_counted_by_what_each_task_keeps_beside_them() -> None:
+    run, derpp = Sequence2(), method("derpp", budget_bytes=24 * 6)
+    many = replace(run.tasks[0], classes=tuple("abcdefghijkl"))
+    for index, classes in ((1, many.classes), (2, run.tasks[1].classes)):
+        context = run.context(derpp, index)
+        context.tasks = [replace(context.tasks[-1], classes=classes)]
+        derpp.memory.add(context, 4 * len(classes))  # type: ignore[attr-defined]
+    kept = {task: len(indices) for task, indices in derpp.memory.per_task.items()}  # type: ignore[attr-defined]
+    assert kept == {1: 24 * 6 // 60 // 2, 2: 24 * 6 // 24 // 2}
+    assert derpp.bytes_remembered() == kept[1] * 60 + kept[2] * 24 <= 24 * 6
 
 
 def test_gpm_moves_a_layer_only_across_earlier_inputs() -> None:

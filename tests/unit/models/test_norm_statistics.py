@@ -58,6 +58,20 @@ def test_statistics_are_measured_anew_from_given_images():
     assert all(torch.equal(kept[name], value) for name, value in norm_statistics.capture(backbone).items())
 
 
+def test_statistics_measured_anew_do_not_wait_for_other_ranks(monkeypatch):
+    """SyncBatchNorm's own forward, which would, is not called."""
+
+    def waits(*arguments):
+        raise AssertionError("a collective")
+
+    backbone = resnet18()
+    norm_statistics.synchronise(backbone)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in backbone.modules())
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", waits)
+    norm_statistics.measure_anew(backbone, [images(backbone, batch=4)])
+    assert not any("forward" in vars(m) for m in backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm))
+
+
 def test_captured_statistics_are_copies():
     backbone = resnet18()
     before = norm_statistics.capture(backbone)
