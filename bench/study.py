@@ -93,6 +93,9 @@ WHOLE_ARMS = {
     "finetune, whole": Arm("finetune", WHOLE),
     "heads_only, whole": Arm("heads_only", WHOLE),
     "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 30, 100, 300), "temperature": (4,)}),
+    "kronecker and anchor, whole": Arm(
+        "kronecker", (*WHOLE, "method.anchor=1"), {"strength": (10, 30), "temperature": (4,)}
+    ),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
 PENALTY = (3, 10, 30, 100, 300)
