@@ -127,6 +127,7 @@ class Experiment:
             context.validate = self.evaluator.mean_accuracy
             run.method.task = context
             run.method.end_task(context)
+        self.phases.compare_ranks(context.model, f"{tasks[-1].name}, at its end")
         self.state.between_overhead += time.perf_counter() - self._ending
         self._ending = None
         self.state.memory_bytes = max(self.state.memory_bytes, run.method.bytes_remembered())

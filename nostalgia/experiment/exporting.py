@@ -21,7 +21,7 @@ def export_run(run_dir: Path, run: Components, results: RunResults, argv: Sequen
     """Write ``run_dir/export``. One rank calls it, with whole parameters; OSError where it cannot be written."""
     classes = head_classes(run.tasks)
     cards = [
-        TaskCard(task.name, classes[task.head], accuracy, results.accuracy_matrix[i][i])
+        TaskCard(task.name, classes[task.head], accuracy, results.accuracy_matrix[i][i], task.transform)
         for i, (task, accuracy) in enumerate(zip(run.tasks, results.final_accuracies(), strict=True))
     ]
     heads: dict[str, nn.Linear] = {}

@@ -59,6 +59,13 @@ class Phases:
         state.step, state.metrics, state.tasks = state.step + observer.steps, observer.metrics, tasks[-1].index
         run.take_trained(model, names, len(tasks))
 
+    def compare_ranks(self, model: nn.Module, where: str) -> None:
+        """Raise RunFailedError, on every rank, where the method has left whole weights or its own tensors apart."""
+        run = self.experiment.c
+        if run.config.train.guard_every_n_steps:
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            check_consistency({**trained, **run.method.replicated_tensors()}, where)
+
     def fit_head(self, task: Task, backbone: nn.Module, *, record: bool) -> tuple[nn.Module, Score]:
         """Train a new head on ``backbone``, which stays as it is; ``record``: as a part of the run."""
         experiment = self.experiment

@@ -74,8 +74,10 @@ def _own_class(name: str) -> type[Method]:
     if not is_dataclass(kind.Config):
         raise UsageError(f"method={name}: its Config is {kind.Config!r:.60}; allowed is a dataclass of options")
     _check_hooks(name, kind)
-    if not kind.name:
+    if not vars(kind).get("name"):  # one that it inherits is another method's
         kind.name = name.partition(":")[2]  # results and reports need one
+    if kind.name in BUILT_IN:
+        raise UsageError(f"method={name}: its name is {kind.name!r}, as a built-in method's; give the class another")
     if not (isinstance(kind.name, str) and re.fullmatch(r"[\w.+-]+", kind.name)):
         raise UsageError(f"method={name}: its name is {kind.name!r:.60}; allowed are letters, digits and _ . + -")
     found: type[Method] = kind
@@ -91,6 +93,10 @@ def hooks_note(name: str) -> str:
     own = [m for m in functions if m in hooks]
     close = {m: difflib.get_close_matches(m, hooks, n=1, cutoff=0.6) for m in functions if m not in hooks}
     missed = [f"{m} is none (did you mean {found[0]}?)" for m, found in close.items() if found]
+    if {"begin_task", "end_task"} & set(own) and "state_dict" not in own:
+        missed.append(
+            "no state_dict: what begin_task and end_task keep is in no checkpoint, and gone where a run resumes"
+        )
     return "; ".join([f"hooks of {kind.__name__}: {', '.join(own) or 'none, which is fine-tuning'}", *missed])
 
 

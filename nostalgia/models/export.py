@@ -101,10 +101,17 @@ def _write(
     files["heads.safetensors"] = "`<task>.weight` (classes, features) and `<task>.bias` of every head"
     classes = {task.name: list(task.classes) for task in tasks}
     (folder / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if any(task.transform for task in tasks):
+        transforms = {task.name: list(task.transform) for task in tasks}
+        (folder / "transforms.json").write_text(json.dumps(transforms, indent=2) + "\n", encoding="utf-8")
+        files["transforms.json"] = "what was done to a task's images, training and validation, in this order"
     files["classes.json"] = "class names by task, in the order of the head's outputs"
     if norm_statistics:
         save_statistics(norm_statistics, folder / "norm_statistics.safetensors")
-        files["norm_statistics.safetensors"] = "batch-norm statistics by task, `<task>/<buffer>`: put a task's in first"
+        files["norm_statistics.safetensors"] = (
+            "batch-norm statistics by task, `<task>/<buffer>` of the network: before a task's head, put the task's in by "
+            "`load_state_dict` with `strict=False`"
+        )
     return files
 
 

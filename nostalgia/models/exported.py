@@ -37,12 +37,21 @@ def load_export(folder: Path, *, framework: str, config: Mapping[str, Any] | Non
 
     Raises NotFoundError for an export that is not there or not whole.
     """
-    statistics = folder / "norm_statistics.safetensors"
+    statistics, backbone = folder / "norm_statistics.safetensors", _backbone(folder, framework, config)
     return Exported(
-        _backbone(folder, framework, config),
+        backbone,
         load_heads(folder / "heads.safetensors"),
-        load_statistics(statistics) if statistics.is_file() else {},
+        _of_backbone(load_statistics(statistics), backbone) if statistics.is_file() else {},
     )
+
+
+def _of_backbone(statistics: Mapping[str, dict[str, Tensor]], backbone: Backbone) -> dict[str, dict[str, Tensor]]:
+    """By the backbone's names: the file has those of the network in it."""
+    own = dict(backbone.named_buffers())
+    return {
+        task: {name if name in own else f"model.{name}": tensor for name, tensor in values.items()}
+        for task, values in statistics.items()
+    }
 
 
 def _backbone(folder: Path, framework: str, config: Mapping[str, Any] | None) -> Backbone:

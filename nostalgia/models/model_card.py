@@ -18,6 +18,7 @@ class TaskCard:
     classes: Sequence[str]
     accuracy: float | None  # at the end of the run, on the task's validation images
     learning_accuracy: float | None = None  # just after the task was trained
+    transform: Sequence[str] = ()  # what was done to all of its images
 
 
 def escape(text: str) -> str:
@@ -53,12 +54,17 @@ def model_card(
         "tags:",
     ]
     head += [*(f"- {tag}" for tag in ("continual-learning", "nostalgia", *tags)), "---"]
+    shifted = any(task.transform for task in tasks)
     rows = [
         f"| {escape(task.name)} | {len(task.classes)} | {_fraction(task.learning_accuracy)} | "
-        f"{_fraction(task.accuracy)} |"
+        f"{_fraction(task.accuracy)} |" + (f" {escape(', '.join(task.transform))} |" if shifted else "")
         for task in tasks
     ]
-    classes = [f"- **{escape(task.name)}**: " + ", ".join(escape(name) for name in task.classes) for task in tasks]
+    classes = [
+        f"- **{escape(task.name)}**: "
+        + ", ".join(f'"{escape(name)}"' if "," in name else escape(name) for name in task.classes)
+        for task in tasks
+    ]
     return "\n".join(
         [
             *head,
@@ -68,11 +74,12 @@ def model_card(
             f"{escape(source)}, fine-tuned on {len(tasks)} tasks in turn with the method {escape(method)}. "
             "Each task has its own head: which task an image belongs to must be known.",
             "",
-            "| task | classes | accuracy when learned | accuracy at the end |",
-            "|---|---|---|---|",
+            "| task | classes | accuracy when learned | accuracy at the end |" + (" images |" if shifted else ""),
+            "|---|---|---|---|" + ("---|" if shifted else ""),
             *rows,
             "",
-            "Accuracies are fractions of the task's validation images.",
+            "Accuracies are fractions of the task's validation images"
+            + (", changed as the last column says (nostalgia.data.transforms)." if shifted else "."),
             "",
             "## Classes",
             "",

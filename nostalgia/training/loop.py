@@ -146,6 +146,7 @@ class Training:
             self.epoch, self.step = self.epoch + 1, 0
             if phase.after_step is not None:
                 phase.after_step(True)
+        self._compare_ranks("after the last step")
         phase.observer.phase_finished(self.wrapped)
         self.clock.remove()
         trained = cast(TaskModel, bare_module(self.wrapped))
@@ -222,8 +223,12 @@ class Training:
         self._images += result.num_samples
         log = self.taken % phase.log_every == 0 or self.step == self.steps_per_epoch
         phase.observer.step_taken(self.taken, self._record(lr, result) if log else None)
-        if phase.guard is not None and phase.guard_every and self.taken % phase.guard_every == 0:
-            phase.guard(dict(self.parameters), f"{phase.where}, epoch {self.epoch}, step {self.step}")
+        if self.taken % max(1, phase.guard_every) == 0:
+            self._compare_ranks(f"epoch {self.epoch}, step {self.step}")
+
+    def _compare_ranks(self, when: str) -> None:
+        if self.phase.guard is not None and self.phase.guard_every:
+            self.phase.guard(dict(self.parameters), f"{self.phase.where}, {when}")
 
     def _advance_rate(self) -> None:
         """A step of the scheduler, without torch's warning of its order.

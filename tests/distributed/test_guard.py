@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from nostalgia.methods import Method
 from tests.distributed import diverging_run
-from tests.ranks import run
+from tests.ranks import run, run_train
+
+
+class Apart(Method):
+    """Leaves every rank with weights of its own when a task ends."""
+
+    name = "apart"
+
+    def end_task(self, task):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            for parameter in task.parameters.values():
+                parameter += 0.01 * task.accelerator.process_index
+
 
 PARAMETER = "model.layers.1.mlp.fc1.weight"
 WORDS = (
@@ -21,3 +36,12 @@ def test_a_parameter_that_differs_on_one_rank_ends_the_run(tmp_path: Path) -> No
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"epoch 1, step 5: ranks have diverged: {PARAMETER} differs on rank 1 from rank 0" in error
     assert "Traceback" not in done.stderr
+
+
+def test_a_method_that_leaves_ranks_apart_ends_the_run_however_short_the_task(tmp_path: Path) -> None:
+    words = [word for word in WORDS if "guard_every" not in word]  # every 100 steps, which this run does not have
+    words += [f"method={__name__}:Apart", f"experiment.output_dir={tmp_path / 'runs'}", "train.max_steps_per_epoch=2"]
+    done = run_train(words, world_size=2)
+    assert done.codes == [4, 4]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "task1_digits, at its end: ranks have diverged: " in error

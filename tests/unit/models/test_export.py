@@ -7,12 +7,14 @@ import re
 
 import pytest
 import torch
+import torchvision
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from nostalgia.models import attach_lora, build_backbone, load_heads, make_head, norm_statistics
 from nostalgia.models.export import export
+from nostalgia.models.exported import load_export
 from nostalgia.models.model_card import TaskCard, code, escape
 from tests.unit.models.tiny import images, resnet18, scratch, shake
 
@@ -24,8 +26,8 @@ TASKS = [
 
 def write(folder, backbone, **words):
     heads = {task.name: make_head(backbone.feature_dim, len(task.classes), seed=0) for task in TASKS}
-    words = {"command": "python -m nostalgia.train", "method": "nostalgia", **words}
-    return export(folder, backbone=backbone, heads=heads, tasks=TASKS, **words), heads
+    words = {"command": "python -m nostalgia.train", "method": "nostalgia", "tasks": TASKS, **words}
+    return export(folder, backbone=backbone, heads=heads, **words), heads
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "swin", "convnext", "dinov2", "resnet"])
@@ -102,9 +104,34 @@ def test_heads_classes_and_statistics_come_back(tmp_path):
     assert all(torch.equal(read[name].weight, head.weight) for name, head in heads.items())
     classes = json.loads((folder / "classes.json").read_text())
     assert classes == {task.name: list(task.classes) for task in TASKS}
-    loaded = norm_statistics.load_statistics(folder / "norm_statistics.safetensors")
+    loaded = load_export(folder, framework="torchvision").norm_statistics
     norm_statistics.apply(backbone, loaded["task1_digits"])
     assert loaded.keys() == statistics.keys()
+
+
+def test_a_task_s_statistics_go_into_the_network_as_the_card_says(tmp_path):
+    """By torchvision alone: the exported network's own names."""
+    backbone = resnet18()
+    anew = {name: value + 1 for name, value in norm_statistics.capture(backbone).items()}
+    folder, _ = write(tmp_path / "export", backbone, norm_statistics={"task1_digits": anew})
+    network = torchvision.models.resnet18()
+    network.load_state_dict(load_file(folder / "backbone" / "model.safetensors"), strict=False)
+    own = {
+        name.removeprefix("task1_digits/"): value
+        for name, value in load_file(folder / "norm_statistics.safetensors").items()
+    }
+    assert network.load_state_dict(own, strict=False).unexpected_keys == []
+    assert torch.equal(network.bn1.running_mean, anew["model.bn1.running_mean"])
+
+
+def test_what_was_done_to_a_task_s_images_is_said(tmp_path):
+    tasks = [TASKS[0], TaskCard("task2_digits", ["a, b", "c"], accuracy=0.5, transform=("invert", "rotate90"))]
+    folder, _ = write(tmp_path / "export", resnet18(), tasks=tasks)
+    card = (folder / "README.md").read_text()
+    assert r"| task2\_digits | 2 |  | 0.5000 | invert, rotate90 |" in card
+    assert '"a, b", c' in card
+    transforms = json.loads((folder / "transforms.json").read_text())
+    assert transforms == {"task1_digits": [], "task2_digits": ["invert", "rotate90"]}
 
 
 def test_the_card_says_what_it_is_and_shows_odd_text_as_it_is(tmp_path):
