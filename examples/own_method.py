@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nostalgia.methods import Method, option
+from nostalgia.methods import Method, option, placed_as
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Pulling(Method):
 
     def gradients(self):
         for name, p in self.task.parameters.items():
-            p.grad.add_(p.detach() - self.start[name], alpha=self.config.strength)
+            p.grad.add_(p.detach() - placed_as(self.start[name], p), alpha=self.config.strength)
 
     def state_dict(self):
         return {"start": self.start}

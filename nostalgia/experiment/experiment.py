@@ -130,7 +130,7 @@ class Experiment:
         self.phases.compare_ranks(context.model, f"{tasks[-1].name}, at its end")
         self.state.between_overhead += time.perf_counter() - self._ending
         self._ending = None
-        self.state.memory_bytes = max(self.state.memory_bytes, run.method.bytes_remembered())
+        self.state.memory_bytes = max(self.state.memory_bytes, int(run.method.bytes_remembered()))
         run.capture_statistics(len(tasks))
         pairs = None if run.method.joint else self.analysis.task_ended(tasks[0])
         note = run.method.note()

@@ -11,6 +11,7 @@ from nostalgia.analysis.run_folder import read_run
 from nostalgia.config import Config, Request, parse
 from nostalgia.experiment.components import Components
 from nostalgia.experiment.method_choice import chosen_method, complete_method, merges_adapters
+from nostalgia.experiment.scale import memory_plan
 from nostalgia.logging.console import RunInfo
 from nostalgia.methods.base import MemoryPlan
 from nostalgia.models.adapters import adapted_weights
@@ -21,7 +22,7 @@ def full_run_of(request: Request, run: Components) -> tuple[Config, MemoryPlan]:
     """The configuration without ``--debug``, and what its method would remember; a collective."""
     full = parse([word for word in request.argv if word != "--debug"]).config
     complete_method(full)
-    return full, chosen_method(full).memory_plan(run.space, len(run.tasks))
+    return full, memory_plan(run, chosen_method(full))
 
 
 def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunInfo, folder: Path) -> Panel:

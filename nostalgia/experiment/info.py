@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from nostalgia.config import Config, Request
 from nostalgia.experiment.components import Components
+from nostalgia.experiment.scale import memory_plan
 from nostalgia.logging.console import RunInfo, TaskInfo
 from nostalgia.models.backbones import has_adapters
 from nostalgia.parallel.accelerator import strategy
@@ -22,7 +23,7 @@ def run_info(run: Components, request: Request, folder: Path) -> RunInfo:
     scope = config.model.scope
     if scope == "auto":
         scope = "lora-only" if has_adapters(run.backbone) else "backbone"
-    plan = run.method.memory_plan(run.space, len(run.tasks))
+    plan = memory_plan(run, run.method)
     return RunInfo(
         method=run.method.name,
         seed=config.experiment.seed,

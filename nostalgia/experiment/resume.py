@@ -65,7 +65,9 @@ _values: list[dict[str, Tensor]] = []  # rank 0's tensors, kept out of what is s
 def _open(request: Request) -> tuple[Path, ResumedRun | None]:
     config, folder = request.config, request.run_dir
     exists = folder is not None and (folder / "config.yaml").is_file()
-    if folder is not None and request.resume is None and exists:
+    # Ranks that a launcher has started again go on, however the first ones were called.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if folder is not None and request.resume is None and exists and not restarted:
         raise UsageError(f"--run-dir {folder}: holds a run already; add --resume auto to go on with it")
     if folder is None or (request.resume in (None, "auto") and not exists):
         made = make_run_folder(config, folder)

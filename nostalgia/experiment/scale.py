@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nostalgia.analysis.scale_model import Cluster, Load, stages, table
 from nostalgia.config import Config
 from nostalgia.data.tasks import Missing, Task, find_tasks
+from nostalgia.errors import UsageError
 from nostalgia.experiment.components import Components, build_components
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
 from nostalgia.logging.streams import make_console
+from nostalgia.methods.base import MemoryPlan, Method
 from nostalgia.methods.eigenspace import Eigenspace
 from nostalgia.methods.tail import KroneckerTail
 from nostalgia.models import Backbone
@@ -54,8 +56,7 @@ def load_of(run: Components) -> Load:
     parameters = list(backbone.parameters())
     scope = {name: p.shape for name, p in run.scope_parameters().items()}
     layers = unsplit_layers(backbone) or [backbone]
-    curved = len(run.tasks) if config.curvature.last_task else len(run.tasks) - 1
-    curved = 0 if run.method.joint else curved
+    curved = _curved(run)
     eigenspace, tail = getattr(run.method, "eigenspace", None), getattr(run.method, "tail", None)
     options = tail.options if isinstance(tail, KroneckerTail) else None
     sides = layer_sides(backbone, scope) if options is not None else []
@@ -89,6 +90,34 @@ def load_of(run: Components) -> Load:
         penalty_flops=math.fsum(penalty_flops(*side) for side in sides),
         curved=curved,
     )
+
+
+def _curved(run: Components) -> int:
+    """Tasks whose curvature is taken."""
+    if run.method.joint:
+        return 0
+    return len(run.tasks) if run.config.curvature.last_task else len(run.tasks) - 1
+
+
+def memory_plan(run: Components, method: Method) -> MemoryPlan:
+    """What ``method`` keeps at most between tasks, with the Kronecker factors, whose size the network's layers decide."""
+    plan, tail = method.memory_plan(run.space, len(run.tasks)), getattr(method, "tail", None)
+    if not isinstance(plan, MemoryPlan):
+        raise UsageError(f"method={method.name}: memory_plan returned {plan!r:.60}; allowed is a MemoryPlan")
+    curved = _curved(run)
+    if not isinstance(tail, KroneckerTail) or curved < 1:
+        return plan
+    sides = layer_sides(run.backbone, {name: p.shape for name, p in run.scope_parameters().items()})
+    numbers = sum(o * o + i * i for o, i, _ in sides)
+    covered = sum(r * (o + i) if r else o * i for o, i, r in sides)
+    itemsize, terms = run.space.dtype.itemsize, curved
+    if tail.options.budget_bytes is not None:
+        terms = max(1, min(curved, tail.options.budget_bytes // max(1, itemsize * numbers)))
+    # Beside the factors where the parameters were, and a diagonal for what is in no layer.
+    own = max(0, 2 * run.space.size - covered)
+    size = run.accelerator.num_processes * itemsize * (terms * numbers + own)
+    words = [*([plan.text] if plan.text else []), f"Kronecker factors of {len(sides)} layers"]
+    return MemoryPlan(plan.bytes + size, " and ".join(words))
 
 
 def epochs_images(run: Components) -> tuple[int, ...]:

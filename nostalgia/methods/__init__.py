@@ -7,6 +7,7 @@ from nostalgia.methods.base import Method, TaskContext
 from nostalgia.methods.vectors import QuadraticPenalty
 from nostalgia.models.objective import Objective, Output
 from nostalgia.options import option
+from nostalgia.parallel.tensors import placed_as
 
 __all__ = [
     "Batch",
@@ -19,4 +20,5 @@ __all__ = [
     "QuadraticPenalty",
     "TaskContext",
     "option",
+    "placed_as",
 ]

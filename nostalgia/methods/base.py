@@ -201,7 +201,8 @@ class Method:
         return None
 
     def report(self) -> dict[str, Any]:
-        """Plain values on what is remembered, for ``curvature/task<i>.json``; a collective, after `end_task`."""
+        """Plain values on what is remembered, for ``curvature/task<i>.json``, which a task with `eigenpairs` has; a collective,
+        after `end_task`."""
         return {}
 
     def note(self) -> str:

@@ -33,6 +33,13 @@ def carrier(device: torch.device) -> torch.device:
     return device if device.type in kinds else torch.device(kinds[0])
 
 
+def placed_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value``, whole on every rank, as ``parameter`` lies: this rank's shard of it where that is a DTensor."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
 @torch.no_grad()
 def to_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies on rank 0's CPU; empty on the other ranks. Plain tensors must be the same on all ranks."""

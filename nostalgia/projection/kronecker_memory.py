@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from nostalgia.curvature.kronecker import KroneckerFactors, adapter_form
 from nostalgia.errors import UsageError
 from nostalgia.models.adapters import add_gradient
+from nostalgia.parallel.tensors import placed_as
 from nostalgia.projection.adapter_group import AdapterGroup, LayerTerms, adapter_groups, whole
 
 
@@ -160,10 +161,7 @@ class KroneckerMemory:
         self.diagonal = dict(state["diagonal"])
         present, self.reference = self.reference, {}
         for name, value in state["reference"].items():
-            like = present.get(name)
-            if isinstance(like, DTensor) and not isinstance(value, DTensor):
-                value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-            self.reference[name] = value
+            self.reference[name] = placed_as(value, present.get(name, value))
 
     def _names(self) -> list[str]:
         return [name for layer in self.layers.values() for name in layer.parameters] + list(self.diagonal)

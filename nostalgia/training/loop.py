@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from nostalgia.checkpoint.store import readable_checkpoint
 from nostalgia.data.stream import TaskLoader
-from nostalgia.errors import RunFailedError
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.methods.base import Method, TaskContext
 from nostalgia.models.task_model import TaskModel
 from nostalgia.parallel import tensors
@@ -120,6 +120,11 @@ class Training:
         phase.context.model, phase.context.parameters = self.wrapped, self.parameters
         self.method.task = phase.context
         self.method.begin_task(phase.context)
+        if held := [name for name, p in self.parameters.items() if not p.requires_grad]:
+            raise UsageError(
+                f"method={self.method.name}: begin_task left requires_grad of {held[0]} false, which is in scope; to hold "
+                "parameters still zero their gradients in `gradients`, or take them out by model.scope"
+            )
         self.begin_seconds = time.perf_counter() - started
         self.steps_per_epoch = loader.steps_per_epoch
         if phase.max_steps_per_epoch is not None:
@@ -142,7 +147,7 @@ class Training:
         phase.observer.phase_started(epochs, self.steps_per_epoch, self.taken)
         while self.epoch <= epochs:
             self._run_epoch()
-            phase.observer.epoch_finished(self.epoch, self.taken, self.wrapped, self.method.metrics())
+            phase.observer.epoch_finished(self.epoch, self.taken, self.wrapped, self._metrics())
             self.epoch, self.step = self.epoch + 1, 0
             if phase.after_step is not None:
                 phase.after_step(True)
@@ -226,6 +231,22 @@ class Training:
         if self.taken % max(1, phase.guard_every) == 0:
             self._compare_ranks(f"epoch {self.epoch}, step {self.step}")
 
+    def _metrics(self) -> dict[str, float]:
+        """The method's numbers, but for those of a step that float16 left out; UsageError for what is none."""
+        found = {}
+        for name, value in self.method.metrics().items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                number = math.nan
+            if math.isfinite(number):
+                found[name] = number
+            elif self.phase.accelerator.scaler is None:
+                raise UsageError(
+                    f"method={self.method.name}: metrics() gave {name}={value!r:.60}; allowed are finite numbers"
+                )
+        return found
+
     def _compare_ranks(self, when: str) -> None:
         if self.phase.guard is not None and self.phase.guard_every:
             self.phase.guard(dict(self.parameters), f"{self.phase.where}, {when}")
@@ -255,7 +276,7 @@ class Training:
             lr=lr,
             grad_norm=result.grad_norm,
             images_per_s=rate,
-            metrics=self.method.metrics(),
+            metrics=self._metrics(),
         )
 
     def _heads(self) -> dict[str, Tensor]:

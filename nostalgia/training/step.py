@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from nostalgia.data.stream import Batch, Step
-from nostalgia.errors import RunFailedError
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.models.objective import Output
 from nostalgia.training.overhead import OverheadClock
@@ -52,7 +52,13 @@ def train_step(
     scale = accelerator.num_processes / step.num_samples
 
     def forward(batch: Batch) -> Output:
-        return method.loss(model, batch)
+        output = method.loss(model, batch)
+        if not isinstance(output, Output) or output.loss.ndim:
+            raise UsageError(
+                f"method={method.name}: loss returned {output!r:.60}; allowed is an Output whose loss is a number, as "
+                "self.task.objective gives it"
+            )
+        return output
 
     def backward(output: Output) -> None:
         accelerator.backward(output.loss * scale)

@@ -35,6 +35,7 @@ METHODS = {
     "joint": [],
     "tests.faults.own_method:Counting": [],
 }
+SHARDED = ("kronecker", "examples.own_method:Pulling")
 
 
 TYPICAL = ("kronecker",)  # the others by -m exhaustive
@@ -46,6 +47,17 @@ EVERY = [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.exhaust
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, name: str) -> None:
     method = f"method.name={name}" if ":" in name else f"method={name.split()[0]}"
     soak = Soak(tmp_path, "single", seed=1, words=[method, *METHODS[name], *SHORT])
+    soak.most_events = 120
+    soak.kills(2)
+    assert not soak.problems
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", SHARDED)
+def test_state_of_shards_goes_on_within_a_task(tmp_path: Path, name: str) -> None:
+    words = [f"method.name={name}", *METHODS.get(name, []), *SHORT, "train.checkpoint_every_steps=1"]
+    soak = Soak(tmp_path, "fsdp2", seed=1, words=words)
     soak.most_events = 120
     soak.kills(2)
     assert not soak.problems

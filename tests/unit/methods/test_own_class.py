@@ -17,6 +17,8 @@ MODULES = {
     "unfinished": "def f(:\n",
     "one": "from nostalgia.methods import Method\n\nclass M(Method):\n    pass\n\nclass Odd(Method):\n    name = 'a b'\n"
     "\nclass Bad(Method):\n    def __init__(self, config, seed):\n        raise ValueError('no')\n\nNotOne = 3\n",
+    "derived": "from nostalgia.methods.l2sp import L2Sp\n\nclass Mine(L2Sp):\n    pass\n\n"
+    "class Named(L2Sp):\n    name = 'ewc'\n",
     "two": "from nostalgia.methods import Method\n\nclass M(Method):\n    name = 'mine'\n",
 }
 
@@ -36,6 +38,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("own_misses:M", UsageError, "own_misses.py, line 1: ModuleNotFoundError"),
         ("own_unfinished:M", UsageError, "SyntaxError"),
         ("own_nowhere:M", NotFoundError, "there is no module own_nowhere"),
+        ("own_derived:Named", UsageError, "its name is 'ewc', as a built-in method's; give the class another"),
         ("own_one:Nothing", NotFoundError, "has no Nothing"),
         ("own_one:NotOne", UsageError, "not a class derived from"),
         ("own_one:Odd", UsageError, "its name is 'a b'"),
@@ -60,3 +63,8 @@ def test_two_modules_methods_of_one_name_are_two_of_a_sweep(tmp_path: Path) -> N
     folders = [cell.job.folder for cell in planned]
     assert [cell.method for cell in planned] == ["own_one:M", "own_two:M", "finetune"]
     assert len(set(folders)) == 3
+
+
+def test_a_class_derived_from_a_built_in_one_has_a_name_of_its_own() -> None:
+    assert method_class("own_derived:Mine").name == "Mine"
+    assert method_class("l2sp").name == "l2sp"

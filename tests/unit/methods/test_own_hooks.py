@@ -52,6 +52,15 @@ def completed(*words: str) -> tuple[dict[str, object], list[str]]:
     return config.method, notes
 
 
+def test_what_no_checkpoint_would_hold_is_noted() -> None:
+    _, (note,) = completed("method=hooked:Pull")
+    assert note.endswith(
+        "no state_dict: what begin_task and end_task keep is in no checkpoint, and gone where a run resumes"
+    )
+    _, (note,) = completed("method=hooked:Misspelt")
+    assert "no state_dict" not in note
+
+
 def test_its_hooks_are_named_and_what_is_nearly_one() -> None:
     _, (note,) = completed("method=hooked:Pull")
     assert note.startswith("hooks of Pull: gradients, end_task")
