@@ -19,7 +19,7 @@ from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.logging.results import RunResults, read_results
 from nostalgia.logging.streams import make_console
-from nostalgia.methods.loading import method_class
+from nostalgia.methods.loading import method_class, method_code
 from nostalgia.sweep_runner import Job, Start, run_jobs, start_here
 from nostalgia.sweep_slurm import SlurmStarter, read_parameters
 from nostalgia.utils.arguments import CommandParser, ended
@@ -149,11 +149,14 @@ def _folder_name(method: str, methods: Sequence[str]) -> str:
 def is_complete(folder: Path, config: Config) -> bool:
     """Whether ``folder`` holds the results of ``config``; raises UsageError where they are of another one."""
     try:
-        read_results(folder / "results")
+        results = read_results(folder / "results")
         saved = read_yaml(folder / "config.yaml")
     except NotFoundError:
         return False
     changed = differences(saved if isinstance(saved, dict) else {}, config)
+    name = str(config.method["name"])
+    if results.details.get("method_code", "") != method_code(name):
+        changed.append(f"the code of method={name}")
     if changed:
         raise UsageError(
             f"{folder}: holds a finished run of other settings ({'; '.join(changed[:3])}); name another "

@@ -14,9 +14,10 @@ from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components
 from nostalgia.parallel import tensors
 from nostalgia.parallel.accelerator import strategy
+from nostalgia.utils.own_code import code_of
 from nostalgia.utils.versions import versions
 
-FORMAT = 3  # of a checkpoint's state
+FORMAT = 4  # of a checkpoint's state
 
 
 class RunIdentity:
@@ -31,6 +32,7 @@ class RunIdentity:
             "global_batch": run.global_batch_size,
             "strategy": strategy(run.accelerator),
             "versions": versions(),
+            "code": code_of(type(run.method)),
             "config": OmegaConf.to_container(OmegaConf.structured(run.config), resolve=True),
         }
 

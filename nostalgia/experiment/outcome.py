@@ -17,6 +17,7 @@ from nostalgia.logging.results import RunResults
 from nostalgia.logging.run_log import RunLog
 from nostalgia.logging.trackers import Warn
 from nostalgia.parallel.accelerator import strategy
+from nostalgia.utils.own_code import code_of
 from nostalgia.utils.versions import versions
 
 
@@ -82,6 +83,7 @@ def run_results(run: Components, state: RunState, seconds: float, checkpoint_sec
         seconds=seconds,
         versions=versions(),
         details={
+            **({"method_code": code} if (code := code_of(type(run.method))) else {}),
             "model": run.config.model.name,
             "seconds_per_task": state.seconds,
             "device": device_name(run.accelerator),

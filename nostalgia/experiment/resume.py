@@ -18,7 +18,7 @@ from nostalgia.config import Config, Request, save
 from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.logging.trackers import flatten
-from nostalgia.methods.loading import method_class
+from nostalgia.methods.loading import method_class, method_code
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.training.loop import SavedPhase
 from nostalgia.utils.versions import versions
@@ -100,6 +100,9 @@ def _open(request: Request) -> tuple[Path, ResumedRun | None]:
         ]
         if other:
             _say(f"note: {', '.join(other)}: what follows equals the run as begun to rounding, not to the bit")
+        name = str(config.method["name"])
+        if state.get("code", "") != method_code(name):
+            _say(f"note: the code of method={name} has changed since the run began: what follows is by the new one")
         _say(f"resuming from {found.folder} (round {run['round']}, {run['stage']}, step {_steps(state)})")
         resumed = ResumedRun(
             run_dir=folder,

@@ -13,7 +13,7 @@ from typing import Any
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.options import nearest, read_options
-from nostalgia.utils.own_code import is_own, load_own
+from nostalgia.utils.own_code import code_of, is_own, load_own
 from nostalgia.utils.tracebacks import last_frame
 
 BUILT_IN: dict[str, str] = {
@@ -51,6 +51,11 @@ def method_class(name: str) -> type[Method]:
             f"{nearest(name, BUILT_IN)}"
         )
     return _own_class(name)
+
+
+def method_code(name: str) -> str:
+    """A checksum of what the user has written of the method called ``name``; "" for a built-in one."""
+    return "" if name in BUILT_IN else code_of(method_class(name))
 
 
 def make_method(name: str, options: Mapping[str, Any], seed: int) -> Method:

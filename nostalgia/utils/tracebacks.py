@@ -20,11 +20,12 @@ def last_frame(error: BaseException) -> str:
 
 def own_frame(error: BaseException) -> str:
     """The same of the last frame that is neither this program's nor an installed library's; empty where there is none."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if is_own_file(frame.filename)]
     return _line(own[-1].filename, own[-1].lineno, error) if own else ""
 
 
-def _is_own(file: str) -> bool:
+def is_own_file(file: str) -> bool:
+    """Whether ``file`` is there and neither this program's nor an installed library's."""
     path = Path(file)
     return path.is_file() and not path.resolve().is_relative_to(PACKAGE) and not file.startswith(LIBRARIES)
 

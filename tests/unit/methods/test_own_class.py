@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from nostalgia import sweep
+from nostalgia.config import parse, save
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.methods.loading import make_method, method_class
+from nostalgia.experiment.method_choice import complete_method
+from nostalgia.logging.results import RunResults, write_results
+from nostalgia.methods.loading import make_method, method_class, method_code
 
 MODULES = {
     "fails": "import math\n\nmath.sqrt(-1)\n",
@@ -68,3 +72,27 @@ def test_two_modules_methods_of_one_name_are_two_of_a_sweep(tmp_path: Path) -> N
 def test_a_class_derived_from_a_built_in_one_has_a_name_of_its_own() -> None:
     assert method_class("own_derived:Mine").name == "Mine"
     assert method_class("l2sp").name == "l2sp"
+
+
+def test_a_finished_run_of_other_code_is_not_one_of_a_sweep(tmp_path: Path) -> None:
+    config = parse(["--suite", "demo", "method=own_two:M"]).config
+    complete_method(config)
+    (tmp_path / "run").mkdir()
+    save(config, tmp_path / "run" / "config.yaml")
+    results = RunResults.of(
+        tasks=["a"], classes=[["x"]], accuracy_matrix=[[1.0]], method="mine", seed=0, world_size=1, seconds=1.0,
+        details={"method_code": method_code("own_two:M")},
+    )  # fmt: skip
+    write_results(tmp_path / "run" / "results", results)
+    assert sweep.is_complete(tmp_path / "run", config)
+    source = inspect.getsourcefile(method_class("own_two:M"))  # of the test that imported it
+    assert source is not None
+    with Path(source).open("a") as file:
+        file.write("\nclass Other(M):\n    pass\n")
+    with pytest.raises(UsageError, match=r"run of other settings \(the code of method=own_two:M"):
+        sweep.is_complete(tmp_path / "run", config)
+
+
+def test_code_is_that_of_the_user_s_files_alone() -> None:
+    assert method_code("l2sp") == ""
+    assert method_code("own_derived:Mine") != method_code("own_two:M")
