@@ -209,7 +209,7 @@ def _display(console: Console, total: int) -> Iterator[Callable[[int, list[str]]
     started: set[str] = set()
 
     def lines(done: int, places: list[str]) -> None:
-        for name in (place.split(":")[0] for place in places):
+        for name in (place.partition(": ")[0] for place in places):
             if name not in started:
                 started.add(name)
                 console.print(f"{name}: started", highlight=False, markup=False)

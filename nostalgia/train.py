@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nostalgia.errors import NostalgiaError
+from nostalgia.errors import NostalgiaError, RunFailedError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,12 @@ def main(
             from nostalgia.experiment import run as whole_run
 
             run = whole_run.run
-        run(request, accelerator, precision)
+        try:
+            run(request, accelerator, precision)
+        except SystemExit as error:  # of code of the user's own: without this it would pass for a run's end
+            from nostalgia.utils.tracebacks import last_frame
+
+            raise RunFailedError(f"exit was called at {last_frame(error)}") from error
         watch.stop()
         accelerator.end_training()
         return 0

@@ -52,4 +52,4 @@ def make_console(quiet: bool = False, stream: TextIO | None = None, width: int |
     target = ForgivingStream(stream if stream is not None else sys.stdout)
     if width is None and not target.isatty() and "COLUMNS" not in os.environ:
         width = 100
-    return Console(file=target, quiet=quiet, width=width)  # type: ignore[arg-type]
+    return Console(file=target, quiet=quiet, width=width, emoji=False)  # type: ignore[arg-type]

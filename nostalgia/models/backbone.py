@@ -170,6 +170,12 @@ class Backbone(nn.Module):
             return probe(self.model, self._run, self.image_size)
         except SHAPE_ERRORS as error:
             reason = str(error).strip().splitlines()
+            channels = getattr(getattr(self.model, "config", None), "num_channels", 3)
+            if channels != 3:
+                raise UsageError(
+                    f"{self.source} takes images of {channels} channels; allowed are networks of 3, which grey images are "
+                    "given as too"
+                ) from error
             raise UsageError(
                 f"{self.source} cannot take images of {self.image_size} x {self.image_size} pixels: "
                 f"{reason[0] if reason else type(error).__name__}; choose another dataset.image_size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ class Frozen(Method):
 class NoPlan(Method):
     def memory_plan(self, space, num_tasks):  # type: ignore[no-untyped-def]
         return None
+
+
+class Leaves(Method):
+    def end_task(self, task):  # type: ignore[no-untyped-def]
+        sys.exit(0)
+
+
+def test_one_that_leaves_is_a_run_that_failed(tmp_path: Path) -> None:
+    done = run_train([*WORDS, f"method={__name__}:Leaves", f"experiment.output_dir={tmp_path}"])
+    assert done.codes == [4], done.stderr
+    assert "error: exit was called at " in done.stderr
+    assert "SystemExit: 0" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,8 @@ def test_freezing_for_a_while_gives_back_what_was_trainable_before():
     assert set(scope_parameters(backbone)) == protected
     backbone.set_trainable(True)
     assert {name: p.requires_grad for name, p in backbone.named_parameters()} == before
+
+
+def test_a_network_of_grey_images_is_refused_for_what_it_is():
+    with pytest.raises(UsageError, match="takes images of 1 channels; allowed are networks of 3"):
+        scratch("vit", num_channels=1)
