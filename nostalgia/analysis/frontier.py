@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Frontier:
     points: list[Point]
     rows: list[Row]
     selected_on: list[int]  # seeds; empty: on the reported ones themselves
-    undecided: list[str]  # methods of several strengths whose runs on those seeds, or fine-tuning's, are missing
+    undecided: list[str] = field(default_factory=list)
+    """Methods of several strengths whose runs on those seeds, or fine-tuning's, are missing."""
 
 
 def frontier(cells: Cells, select_seeds: Sequence[int] = ()) -> Frontier:

@@ -107,7 +107,9 @@ def _write(
         files["transforms.json"] = "what was done to a task's images, training and validation, in this order"
     files["classes.json"] = "class names by task, in the order of the head's outputs"
     if norm_statistics:
-        save_statistics(norm_statistics, folder / "norm_statistics.safetensors")
+        # By the names of the network in backbone/, which is one down from the run's own.
+        own = {t: {name.removeprefix("model."): b for name, b in s.items()} for t, s in norm_statistics.items()}
+        save_statistics(own, folder / "norm_statistics.safetensors")
         files["norm_statistics.safetensors"] = (
             "batch-norm statistics by task, `<task>/<buffer>` of the network: before a task's head, put the task's in by "
             "`load_state_dict` with `strict=False`"

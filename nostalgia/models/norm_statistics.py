@@ -141,10 +141,9 @@ def average_over_ranks(backbone: nn.Module, share: float = 1.0, group: dist.Proc
 
 
 def save_statistics(statistics: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
-    """Write the statistics of every task to one safetensors file, as ``<task>/<buffer>`` by the names that the network itself
-    has, without its backbone."""
+    """Write the statistics of every task to one safetensors file, under ``<task>/<buffer>``."""
     tensors = {
-        f"{task}/{name.removeprefix('model.')}": tensor.detach().cpu().contiguous()
+        f"{task}/{name}": tensor.detach().cpu().contiguous()
         for task, values in statistics.items()
         for name, tensor in values.items()
     }
