@@ -30,10 +30,12 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
 def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
     found = [
         study(name)
-        for name in ("study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_cpu", "demo")
-    ]
+        for name in (
+            "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu", "demo",
+        )
+    ]  # fmt: skip
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 498
+    assert len(runs) == 519
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
@@ -115,12 +117,25 @@ def test_the_rows_of_the_resnet_are_its_runs() -> None:
 
 
 def test_the_rows_of_the_vit_trained_whole_are_its_runs() -> None:
-    page, runs = (DOCS / "results.md").read_text().split("## The ViT, the whole")[1], study("study_whole")["runs"]
-    for run in runs:
+    page, found = (DOCS / "results.md").read_text().split("## The ViT, the whole")[1], study("study_whole")
+    for run in [*found["choice"], *found["runs"]]:
+        plain = next(r for r in [*found["choice"], *found["runs"]] if r["stream"] == run["stream"])
         figures = " | ".join(f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy"))
-        assert f"| {run['stream']} | {run['arm'].removesuffix(', whole')} | {figures} |" in page
-    left = [100 * method["bwt"] / plain["bwt"] for plain, method in zip(runs[::2], runs[1::2], strict=True)]
-    assert f"So {left[0]:.0f} and {left[1]:.0f} % of fine-tuning's forgetting" in page
+        options = " ".join(f"{name}={value:g}" for name, value in run.get("options", {}).items())
+        arm, left = run["arm"].removesuffix(", whole"), round(100 * run["bwt"] / plain["bwt"])
+        row = (
+            f"| {arm} | {options} | {figures} | {left} % |"
+            if "options" in run
+            else f" | {arm} | {figures} | {left} % |"
+        )
+        assert row in page
+
+
+def test_the_rows_of_directions_in_b_alone_are_its_runs() -> None:
+    page = (DOCS / "results.md").read_text().split("**Directions in B alone.**")[1]
+    for run in study("study_anew")["runs"]:
+        figures = " | ".join(f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy"))
+        assert f"| {run['stream']} | {run['seed']} | {run['arm']} | {figures} |" in page
 
 
 def test_the_rows_of_the_seeds_run_on_a_cpu_are_its_runs() -> None:
