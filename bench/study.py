@@ -94,7 +94,7 @@ WHOLE_ARMS = {
     "heads_only, whole": Arm("heads_only", WHOLE),
     "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 30, 100, 300), "temperature": (4,)}),
     "kronecker and anchor, whole": Arm(
-        "kronecker", (*WHOLE, "method.anchor=1"), {"strength": (10, 30), "temperature": (4,)}
+        "kronecker", (*WHOLE, "method.anchor=1"), {"strength": (10,), "temperature": (4,)}
     ),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
