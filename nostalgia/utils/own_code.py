@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def is_own(word: str) -> bool:
 
 def code_of(kind: type) -> str:
     """A checksum of the files of the user's own that a class and those it derives from are written in; "" without any."""
-    files = {inspect.getsourcefile(one) for one in kind.__mro__ if one.__module__ != "builtins"}
+    files = {getattr(sys.modules.get(one.__module__), "__file__", None) for one in kind.__mro__}  # C code has none
     own = sorted(file for file in files if file is not None and is_own_file(file))
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in own)).hexdigest()[:16] if own else ""
 
