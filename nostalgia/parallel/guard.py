@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nostalgia.errors import RunFailedError
+from nostalgia.parallel.tensors import carrier
 
+PIECE = 2**24  # numbers of a tensor that are widened at once
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,7 +28,8 @@ def check_consistency(tensors: Mapping[str, Tensor], where: str) -> None:
     whole = {name: t for name, t in tensors.items() if not isinstance(t, DTensor)}
     if not whole:
         return
-    mine = torch.stack([checksum(t) for t in whole.values()])
+    device = carrier(next(iter(whole.values())).device)
+    mine = torch.stack([checksum(t).to(device) for t in whole.values()])
     every = mine.new_empty(dist.get_world_size(), len(mine))
     dist.all_gather_into_tensor(every.view(-1), mine)
     differs = (every != every[0]).any(dim=0)
@@ -43,6 +46,9 @@ def check_consistency(tensors: Mapping[str, Tensor], where: str) -> None:
 def checksum(tensor: Tensor) -> Tensor:
     """A position-dependent integer sum of a tensor's bits (0-dim int64), by wrapping arithmetic."""
     bits = tensor.detach().contiguous().view(-1)
-    integers = bits.view(_INTEGERS[bits.element_size()]).long()
-    weights = torch.arange(1, integers.numel() + 1, device=integers.device)
-    return (integers * weights).sum()
+    integers = bits.view(_INTEGERS[bits.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(integers), PIECE):  # a memory's basis has the size of many networks
+        part = integers[start : start + PIECE].long()
+        total += (part * torch.arange(start + 1, start + len(part) + 1, device=part.device)).sum()
+    return total
