@@ -120,7 +120,7 @@ class ModelConfig:
     )
     config: dict[str, Any] = option(
         factory=dict,
-        help="hf without pretrained weights: the keyword arguments of its configuration (hidden_size, ...).",
+        help="hf: settings of the network's configuration (hidden_size, ...), and attn_implementation (sdpa or eager).",
     )
 
 

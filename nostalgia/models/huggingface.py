@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,6 +35,8 @@ from nostalgia.models.image_processor import (
 )
 from nostalgia.models.seeding import seeded
 
+logger = logging.getLogger(__name__)
+
 #: Conventions that the output alone does not tell. All others: ``pooler_output`` where there is one.
 FEATURES: dict[str, Callable[[Any], Tensor]] = {
     "vit": class_token,
@@ -42,6 +45,9 @@ FEATURES: dict[str, Callable[[Any], Tensor]] = {
 }
 #: Architectures whose pooler is a trainable layer that their own classifier does not use.
 WITHOUT_POOLER = ("vit", "deit")
+#: How attention may be computed: ``model.config.attn_implementation``. Others have no gradients of float32 weights.
+ATTENTION_KEY = "attn_implementation"
+ATTENTION = ("sdpa", "eager")
 UNSUITABLE = {"vit_mae": "hides patches at random in every forward pass"}
 
 
@@ -75,7 +81,15 @@ def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None
     folder = hub.weights_folder(model_id, download)
     settings = _read_config(model_id, folder, config)
     hub.check_weights(model_id, folder)
-    model, missing = _load(model_id, folder, settings)
+    model, missing, surplus = _load(model_id, folder, settings)
+    if unread := _inside(model, surplus):
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        logger.warning(
+            "model.model_id=%s: %d of its tensors are not in this network and are left out (%s)",
+            model_id,
+            len(unread),
+            shown,
+        )
     backbone = _backbone(model, settings, preparation(model_id, folder, settings, config, image_size), model_id)
     lost = sorted(name for name in missing if name not in backbone.unused)
     if lost:
@@ -134,7 +148,9 @@ def _read_config(model_id: str, folder: Path, overrides: Mapping[str, Any]) -> P
         ) from error
     _check_architecture(settings, f"model.model_id={model_id}")
     for key, value in _own_settings(settings, overrides).items():
-        setattr(settings, key, value)
+        setattr(
+            settings, f"_{key}" if key == ATTENTION_KEY else key, value
+        )  # transformers' name of it on a configuration
     return settings
 
 
@@ -164,8 +180,10 @@ def _own_settings(default: PreTrainedConfig, config: Mapping[str, Any]) -> dict[
     """``config`` without our own words; raises UsageError for a key that this architecture does not have."""
     wanted = {key: value for key, value in config.items() if key not in ("model_type", *NORMALISATION)}
     known = {*default.to_dict(), *default.attribute_map}
+    if wanted.get(ATTENTION_KEY, ATTENTION[0]) not in ATTENTION:
+        raise UsageError(f"model.config.{ATTENTION_KEY}={wanted[ATTENTION_KEY]}: allowed are {', '.join(ATTENTION)}")
     for key in wanted:
-        if key not in known:
+        if key not in known and key != ATTENTION_KEY:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known)[:8])}, ..."
             raise UsageError(f"model.config.{key} is not a setting of {default.model_type}: {hint}")
@@ -187,8 +205,8 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
 # The weights ------------------------------------------------------------------------------------------------
 
 
-def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> tuple[nn.Module, set[str]]:
-    """The network with its weights, and the names of its tensors that they do not hold."""
+def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> tuple[nn.Module, set[str], set[str]]:
+    """The network with its weights, the names of its tensors that they do not hold, and of theirs that it does not have."""
     try:
         # Missing tensors are drawn at random here, and refused by the caller.
         with seeded(0), hub.quiet():
@@ -208,7 +226,13 @@ def _load(model_id: str, folder: Path, settings: PreTrainedConfig) -> tuple[nn.M
             f"or are damaged: {reason}"
         ) from error
     missing = {name for name in info["missing_keys"] if not name.endswith("num_batches_tracked")}
-    return model, missing
+    return model, missing, set(info["unexpected_keys"])
+
+
+def _inside(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that belong to a part that the network has, such as its encoder; a head is no part of it."""
+    parts, prefix = dict(model.named_children()), f"{getattr(model, 'base_model_prefix', '')}."
+    return sorted(name for name in names if name.removeprefix(prefix).partition(".")[0] in parts)
 
 
 def _options(settings: PreTrainedConfig) -> dict[str, Any]:

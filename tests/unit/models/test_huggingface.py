@@ -195,6 +195,36 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     one_line(error)
 
 
+def test_weights_of_a_part_that_the_network_has_not_are_named_and_a_head_is_not(tmp_path, caplog):
+    save_classifier(tmp_path)
+    load(tmp_path)
+    assert caplog.messages == []
+    load(tmp_path, config={"num_hidden_layers": 1})
+    (message,) = caplog.messages
+    assert "are not in this network" in message
+    assert "layers.1." in message
+    assert "classifier" not in message
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_how_attention_is_computed_can_be_chosen(tmp_path, kind):
+    save_classifier(tmp_path, kind)
+    fused = load(tmp_path)
+    plain = load(tmp_path, config={"attn_implementation": "eager"})
+    assert (fused.model.config._attn_implementation, plain.model.config._attn_implementation) == ("sdpa", "eager")
+    torch.testing.assert_close(plain(images(plain)), fused(images(fused)))
+    fresh = load(tmp_path, config={"attn_implementation": "eager"}, pretrained=False)
+    assert fresh.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_attention_without_gradients_is_refused(tmp_path, pretrained):
+    save_classifier(tmp_path)
+    with pytest.raises(UsageError, match=r"attn_implementation=flash_attention_2: allowed are sdpa, eager") as error:
+        load(tmp_path, config={"attn_implementation": "flash_attention_2"}, pretrained=pretrained)
+    one_line(error)
+
+
 def test_an_unused_tensor_may_be_missing(tmp_path):
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.for_model("dinov2", **CONFIGS["dinov2"]))
