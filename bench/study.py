@@ -55,7 +55,7 @@ Candidate = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: a method, words of all its runs, and the values of its options that are searched."""
+    """A row of the table: a method, words of all its runs, and the values searched of its options and of train.lr."""
 
     method: str
     words: tuple[str, ...] = ()
@@ -109,6 +109,16 @@ VARIANTS = {
 }
 
 
+# The learning rate is searched too: what forgets less may bear, or need, another one.
+RATES = (1e-3, 2e-3, 4e-3)
+RATED = {
+    "finetune, own rate": Arm("finetune", (SAME,), {"lr": RATES}),
+    "nostalgia, own rate": Arm("nostalgia", (FRESH,), {"tail_strength": (10,), "lr": RATES}),
+    "kronecker, own rate": Arm("kronecker", (FRESH,), {"strength": (30,), "temperature": (4,), "lr": RATES}),
+    "lwf, fresh, own rate": Arm("lwf", (FRESH,), {"strength": (1,), "lr": RATES}),
+}
+
+
 def streams(glyphs: Path) -> dict[str, tuple[str, ...]]:
     """Words that set the tasks of each stream; the first two are those to choose on."""
 
@@ -138,7 +148,7 @@ class Study:
         self.streams = streams(options.glyphs.resolve())
         model = (f"model={options.model}", f"model.model_id={options.weights.resolve()}")
         self.words, self.last = ("--quiet", *model, *TRAINING), tuple(words)
-        known = {**ARMS, **WHOLE_ARMS, **VARIANTS}
+        known = {**ARMS, **WHOLE_ARMS, **VARIANTS, **RATED}
         self.arms = {name: known[name] for name in options.arms.split(";")}
         wanted = options.streams.split(";") if options.streams else list(self.streams)
         if odd := set(wanted) - set(self.streams):
@@ -151,7 +161,8 @@ class Study:
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
         words = [*self.words, *self.streams[stream], f"method={arm.method}", *arm.words, f"experiment.seed={seed}"]
-        words += [*(f"method.{option}={value:.12g}" for option, value in candidate.items()), *self.last]
+        words += [f"{'train' if key == 'lr' else 'method'}.{key}={value:.12g}" for key, value in candidate.items()]
+        words += self.last
         label = f"{name} {shown(candidate)}".strip()
         folder = self.options.out / f"{stream}/{label}/seed{seed}".replace(" ", "_").replace(",", "")
         return Job(f"{stream}: {label}, seed {seed}", folder, tuple(words), measures(folder) is not None)

@@ -1,6 +1,7 @@
 """From the command line to a checked configuration."""
 
-from nostalgia.config.compose import Request, parse, save
+from nostalgia.config.command_line import Request, parse
+from nostalgia.config.compose import save
 from nostalgia.config.schema import Config
 
 __all__ = ["Config", "Request", "parse", "save"]

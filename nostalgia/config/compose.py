@@ -1,11 +1,11 @@
-"""Composes the configuration from the files under ``configs/`` and the command line, by Hydra's compose API."""
+"""Composes the configuration from the files under ``configs/`` and words KEY=VALUE, by Hydra's compose API."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,109 +24,10 @@ from nostalgia.config.schema import Config
 from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.options import nearest
-from nostalgia.utils.arguments import CommandParser
 
 GROUPS = ("dataset", "model", "method", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's
-
-# What --debug changes; the command line still has the last word.
-DEBUG = (
-    "train.epochs=1",
-    "train.epochs_per_task=null",
-    "train.warmup_epochs=0",
-    "train.max_steps_per_epoch=2",
-    "train.max_eval_batches=1",
-    "train.log_every_n_steps=1",
-    "nostalgia.top_k=2",
-    "nostalgia.k_max=null",
-    f"methods.{EVERY_METHOD}.num_samples=8",
-    f"methods.{EVERY_METHOD}.tail_samples=8",
-    "curvature.max_basis=null",
-    "curvature.num_samples=8",
-    "curvature.tol=0.5",
-    "curvature.max_products=8",
-    "analysis.captured_energy_samples=8",
-    "analysis.top_k=2",
-    "analysis.trace_samples=1",
-    "dataset.num_workers=0",
-    "experiment.deterministic=true",
-)
-
-EXAMPLES = """examples:
-  accelerate launch -m nostalgia.train --suite main
-  python -m nostalgia.train --suite demo method=finetune
-  python -m nostalgia.train dataset=digits model=vit_tiny experiment.num_tasks=2 train.epochs=20
-  python -m nostalgia.train experiment.tasks=[cifar100,cub200,flowers102] model=vit dataset.root=/data
-  python -m nostalgia.train dataset=digits experiment.split=classes experiment.num_tasks=5 model=vit_tiny
-  python -m nostalgia.train --debug --suite main      a few batches a task, everything else real
-  python -m nostalgia.train --suite main --dry-run    what would run, and which data is there; trains nothing
-  python -m nostalgia.train --config RUN_DIR/config.yaml
-  python -m nostalgia.train --resume RUN_DIR          go on where a run was interrupted, to the bit
-
-KEY=VALUE words are Hydra overrides of the files under configs/. Exit codes: 0 done, 2 wrong usage or
-configuration, 3 data or weights not found, 4 run failed, 75 interrupted with a checkpoint written.
-"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    config: Config
-    suite: str | None
-    debug: bool
-    dry_run: bool
-    quiet: bool
-    argv: tuple[str, ...]
-    run_dir: Path | None = None  # the run's folder, where it is given
-    resume: str | None = None  # "must" go on in ``run_dir``, or "auto": begin there where there is no run
-    resume_override: bool = False
-
-
-def parse(argv: list[str]) -> Request:
-    """The checked configuration for a command line; raises UsageError with one line for anything wrong in it."""
-    flags, words = _parser().parse_known_args(argv)
-    for word in words:
-        if word.startswith("-"):
-            raise UsageError(f"unknown option {word.split('=')[0]}{_nearest(word.split('=')[0], _flags())}")
-        if "=" not in word and not word.startswith("~"):
-            raise UsageError(f"cannot read {word!r}: expected KEY=VALUE, such as train.epochs=20")
-    if flags.suite is not None:
-        words.insert(0, f"suite={_suite(flags.suite)}")
-    words = [translated for word in words if (translated := _translate(word))]
-    if flags.resume_override and flags.resume is None:
-        raise UsageError("--resume-override goes with --resume RUN_DIR")
-    suite = next((w.removeprefix("suite=") for w in reversed(words) if w.startswith("suite=")), None)
-    debug = [_translate(word) for word in DEBUG] if flags.debug else []
-    groups = [w for w in words if w.split("=")[0].lstrip("+") in GROUPS]
-    run_dir = None if flags.run_dir is None else Path(flags.run_dir)
-    resume = flags.resume
-    if resume == "auto" and run_dir is None:
-        raise UsageError("--resume auto needs --run-dir DIR: the folder to go on in, or to begin in")
-    if resume not in (None, "auto", "latest"):
-        if run_dir is not None:
-            raise UsageError(f"--resume {resume} names the folder itself: leave --run-dir out")
-        run_dir = Path(resume)
-    if flags.config is not None:
-        config = _checked(_with_own_model(debug + words, lambda given: _from_file(Path(flags.config), given)))
-    elif resume not in (None, "auto", "latest") and not groups:
-        config = _checked(_with_own_model(debug + words, lambda given: _from_run(Path(resume), given)))
-    else:
-        words = groups + debug + [w for w in words if w not in groups]
-        config = _checked(_with_own_model(words, _compose))
-    if resume == "latest" and run_dir is None:
-        run_dir = (Path(config.experiment.output_dir).expanduser() / "latest").resolve()
-    return Request(
-        config=config,
-        suite=None if suite is None else suite.removeprefix(OWN_SUITE),
-        debug=flags.debug,
-        dry_run=flags.dry_run,
-        quiet=flags.quiet,
-        argv=tuple(argv),
-        run_dir=run_dir,
-        resume=None if resume is None else "auto" if resume == "auto" else "must",
-        resume_override=flags.resume_override,
-    )
+OWN_SUITE = "own__"  # how Hydra knows a suite of the user's own: its file's name after this
 
 
 def config_folder() -> Path:
@@ -165,45 +66,12 @@ def known_keys() -> list[str]:
     return walk(Config, "")
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="nostalgia.train",
-        usage="python -m nostalgia.train [--suite NAME|FILE.yaml] [options] [KEY=VALUE ...]",
-        description="Continual fine-tuning of a vision backbone that does not forget.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument(
-        "--suite", metavar="NAME", help=f"one of {', '.join(_options('suite'))}, or a YAML file of your own"
-    )
-    parser.add_argument("--debug", action="store_true", help="a few batches and products a task, deterministic")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
-    )
-    parser.add_argument("--config", metavar="FILE", help="run a saved config.yaml again")
-    parser.add_argument(
-        "--resume",
-        metavar="RUN_DIR",
-        help="go on with a run that was interrupted: its folder, `latest`, or `auto` (go on in --run-dir where there "
-        "is a run, else begin there)",
-    )
-    parser.add_argument("--run-dir", metavar="DIR", help="the run's folder, instead of a new one by date and time")
-    parser.add_argument("--resume-override", action="store_true", help="go on although the configuration has changed")
-    parser.add_argument("--quiet", action="store_true", help="do not print the configuration")
-    return parser
-
-
-def _flags() -> list[str]:
-    return [option for action in _parser()._actions for option in action.option_strings]
-
-
-def _options(group: str) -> list[str]:
+def choices(group: str) -> list[str]:
+    """What ``configs/<group>/`` holds."""
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
-OWN_SUITE = "own__"  # how Hydra knows a suite of the user's own: its file's name after this
-
-
-def _suite(given: str) -> str:
+def suite_choice(given: str) -> str:
     """The name that Hydra knows a suite by; one in a file of the user's own is made known to it."""
     if not given.endswith((".yaml", ".yml")):
         return given
@@ -212,7 +80,7 @@ def _suite(given: str) -> str:
     return name
 
 
-def _translate(word: str) -> str:
+def translate(word: str) -> str:
     """A word under its present key, its group choice checked before Hydra does; ``dataset=`` takes any name."""
     key, _, value = word.partition("=")
     bare = key.lstrip("+~")
@@ -226,15 +94,33 @@ def _translate(word: str) -> str:
         return f"++{word}"  # new there or not
     if bare not in GROUPS:
         return word
-    if value in _options(bare) or (key == "suite" and (value == "null" or value.startswith(OWN_SUITE))):
+    if value in choices(bare) or (key == "suite" and (value == "null" or value.startswith(OWN_SUITE))):
         return word
     if key == "dataset":
         return f"dataset.name={quoted(value)}"
     if key == "method" and ":" in value:
         return f"method.name={quoted(value)}"
-    options = _options(bare)
+    options = choices(bare)
     own = "; a folder or hub name goes by model.model_id=NAME" if key == "model" and "/" in value else ""
-    raise UsageError(f"unknown {bare} {value!r}{_nearest(value, options)}; there are {', '.join(options)}{own}")
+    raise UsageError(f"unknown {bare} {value!r}{nearest_key(value, options)}; there are {', '.join(options)}{own}")
+
+
+def from_groups(words: list[str]) -> Config:
+    """Of the files under ``configs/`` that the words choose, with their values on top."""
+    return _checked(_with_own_model(words, _compose))
+
+
+def from_file(path: Path, words: list[str]) -> Config:
+    """A saved configuration, complete, with overrides of values on top."""
+    return _checked(_with_own_model(words, lambda given: _saved(path, given)))
+
+
+def from_run(folder: Path, words: list[str]) -> Config:
+    """The configuration of a run that exists, with overrides of values on top."""
+    if not (folder / "config.yaml").is_file():
+        what = "has no config.yaml: not a run's folder" if folder.is_dir() else "no such folder"
+        raise NotFoundError(f"--resume {folder}: {what}; give the folder of a run, or latest")
+    return from_file(folder / "config.yaml", words)
 
 
 def _with_own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
@@ -319,15 +205,14 @@ def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
         method = {"name": name}
     every = {key: value for key, value in methods.get(EVERY_METHOD, {}).items() if key not in given}
     method = {**method, **methods.get(name, {}), **given}
-    known = {*_options("method"), name, EVERY_METHOD}
+    known = {*choices("method"), name, EVERY_METHOD}
     # The name of a class of the user's own is known when it is loaded.
     left = {owner: values for owner, values in methods.items() if owner not in known}
     with open_dict(composed):
         composed["method"], composed["methods"] = method, {**left, **({EVERY_METHOD: every} if every else {})}
 
 
-def _from_file(path: Path, words: list[str]) -> Any:
-    """A saved configuration, complete, with overrides of values on top."""
+def _saved(path: Path, words: list[str]) -> Any:
     if any(word.split("=")[0].lstrip("+") in GROUPS for word in words):
         raise UsageError("--config FILE is a complete configuration: override values (train.lr=1e-3), not groups")
     try:
@@ -353,14 +238,6 @@ def _from_file(path: Path, words: list[str]) -> Any:
         raise UsageError(f"--config {path}: {_one_line(error)}") from None
 
 
-def _from_run(folder: Path, words: list[str]) -> Any:
-    """The configuration of a run that exists, with overrides of values on top."""
-    if not (folder / "config.yaml").is_file():
-        what = "has no config.yaml: not a run's folder" if folder.is_dir() else "no such folder"
-        raise NotFoundError(f"--resume {folder}: {what}; give the folder of a run, or latest")
-    return _from_file(folder / "config.yaml", words)
-
-
 def _check_key(override: Override) -> None:
     key = override.key_or_group
     keys = known_keys()
@@ -368,7 +245,7 @@ def _check_key(override: Override) -> None:
         return
     if key.startswith("method.") or (key.startswith("methods.") and key.count(".") > 1):
         return  # the method's own, checked by its class
-    raise UsageError(f"unknown key {key}{_nearest(key, keys)}")
+    raise UsageError(f"unknown key {key}{nearest_key(key, keys)}")
 
 
 def _checked(composed: Any) -> Config:
@@ -384,7 +261,7 @@ def _checked(composed: Any) -> Config:
     return config
 
 
-def _nearest(word: str, options: list[str]) -> str:
+def nearest_key(word: str, options: list[str]) -> str:
     close = nearest(word, options)
     if not close and "." in word:  # the right key in the wrong group
         close = next((f"; did you mean {one}?" for one in options if one.endswith("." + word.rsplit(".", 1)[1])), "")
