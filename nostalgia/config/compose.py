@@ -185,8 +185,8 @@ def _of_methods(override: Override) -> bool:
 def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
     """Options of the method: those of its file, then `methods.<name>`, then the command line's ``method.<option>``.
 
-    What is meant for every method that has it (`EVERY_METHOD`), or for none of the built-in ones, is left for when the
-    method's class is known.
+    What is meant for every method that has it (`EVERY_METHOD`), or for another one, is left for when the methods' classes are
+    known.
     """
     method: dict[str, Any] = OmegaConf.to_container(composed["method"], resolve=True)  # type: ignore[assignment]
     methods: dict[str, Any] = OmegaConf.to_container(composed["methods"], resolve=True)  # type: ignore[assignment]
@@ -205,9 +205,7 @@ def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
         method = {"name": name}
     every = {key: value for key, value in methods.get(EVERY_METHOD, {}).items() if key not in given}
     method = {**method, **methods.get(name, {}), **given}
-    known = {*choices("method"), name, EVERY_METHOD}
-    # The name of a class of the user's own is known when it is loaded.
-    left = {owner: values for owner, values in methods.items() if owner not in known}
+    left = {owner: values for owner, values in methods.items() if owner not in (name, EVERY_METHOD)}
     with open_dict(composed):
         composed["method"], composed["methods"] = method, {**left, **({EVERY_METHOD: every} if every else {})}
 

@@ -12,7 +12,7 @@ from nostalgia.errors import UsageError
 from nostalgia.experiment.task_data import task_specs
 from nostalgia.methods.base import Method
 from nostalgia.methods.loading import BUILT_IN, hooks_note, make_method, method_class
-from nostalgia.options import nearest
+from nostalgia.options import nearest, read_options
 from nostalgia.training.optimizers import check_optimizer
 
 
@@ -26,7 +26,12 @@ def complete_method(config: Config) -> list[str]:
     name = str(given.pop("name"))
     kind = method_class(name)
     given = {**config.methods.get(kind.name, {}), **given}
-    strange = sorted(set(config.methods) - {EVERY_METHOD, kind.name})
+    strange = []
+    for owner in sorted(set(config.methods) - {EVERY_METHOD, kind.name}):
+        if owner in BUILT_IN:  # of no effect, yet checked
+            read_options(method_class(owner).Config, config.methods[owner], f"methods.{owner}")
+        else:
+            strange.append(owner)
     known = {item.name for item in kind.Config.__dataclass_fields__.values()}
     every = {key: value for key, value in config.methods.get(EVERY_METHOD, {}).items() if key in known}
     method = make_method(name, {**given, **every}, config.experiment.seed)

@@ -100,6 +100,12 @@ def test_options_of_no_method_here_are_noted() -> None:
     assert not any("ewc" in note for note in notes)
 
 
+@pytest.mark.parametrize("word", ["methods.ewc.strengh=3", "methods.ewc.strength=-3"])
+def test_options_of_another_method_are_checked_all_the_same(word: str) -> None:
+    with pytest.raises(UsageError, match=r"methods\.ewc\.streng"):
+        completed("method=finetune", word)
+
+
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
