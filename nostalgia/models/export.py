@@ -65,6 +65,7 @@ def export(
             usage=_usage(backbone),
             files=files,
             normalisation=_normalisation(backbone),
+            shared_heads=len({id(head) for head in heads.values()}) < len(heads),
             tags=["lora", "peft"] if backbone.lora is not None else [],
             library="transformers" if backbone.framework == "hf" else None,
         )

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 #: Characters that mean something to Markdown or HTML within a line or a table cell.
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~&$:])")
 
+OWN = "Each task has its own head: which task an image belongs to must be known."
+SHARED = (
+    "Tasks with the same classes below share one head of all of them, and are told apart by its outputs; accuracies are over "
+    "all classes of the head."
+)
+
 
 @dataclass(frozen=True)
 class TaskCard:
@@ -43,6 +49,7 @@ def model_card(
     usage: str,
     files: Mapping[str, str],
     normalisation: str,
+    shared_heads: bool = False,
     tags: Sequence[str] = (),
     library: str | None = None,
 ) -> str:
@@ -72,7 +79,7 @@ def model_card(
             f"# {escape(title)}",
             "",
             f"{escape(source)}, fine-tuned on {len(tasks)} tasks in turn with the method {escape(method)}. "
-            "Each task has its own head: which task an image belongs to must be known.",
+            + (SHARED if shared_heads else OWN),
             "",
             "| task | classes | accuracy when learned | accuracy at the end |" + (" images |" if shifted else ""),
             "|---|---|---|---|" + ("---|" if shifted else ""),

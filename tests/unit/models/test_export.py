@@ -134,6 +134,18 @@ def test_what_was_done_to_a_task_s_images_is_said(tmp_path):
     assert transforms == {"task1_digits": [], "task2_digits": ["invert", "rotate90"]}
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_card_says_whether_tasks_share_a_head(tmp_path, shared):
+    backbone = resnet18()
+    head = make_head(backbone.feature_dim, 5, seed=0)
+    other = head if shared else make_head(backbone.feature_dim, 5, seed=1)
+    heads = {task.name: one for task, one in zip(TASKS, (head, other), strict=True)}
+    folder = export(tmp_path / "export", backbone=backbone, heads=heads, tasks=TASKS, command="x", method="lwf")
+    card = (folder / "README.md").read_text()
+    assert ("share one head" in card, "has its own head" in card) == (shared, not shared)
+    assert len(load_file(folder / "heads.safetensors")) == 4
+
+
 def test_the_card_says_what_it_is_and_shows_odd_text_as_it_is(tmp_path):
     command = "python -m nostalgia.train 'name=```x' \\\n  <b>"
     folder, _ = write(tmp_path / "export", scratch("vit"), command=command)
