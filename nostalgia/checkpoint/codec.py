@@ -6,6 +6,7 @@ State is nested dicts (string keys) and lists of plain values, tensors (the same
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import weakref
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nostalgia.checkpoint.blocks import load_block, save_block
 from nostalgia.checkpoint.store import BLOCKS
-from nostalgia.errors import UsageError
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.parallel import tensors
+from nostalgia.parallel.guard import differing
 
 TENSOR, BLOCK, FILE = "<tensor>", "<block>", "<file>"
 
@@ -38,9 +41,10 @@ class SavedFile:
 
 @dataclass
 class Encoded:
-    """``plain`` is JSON and the same on all ranks; ``values`` and checksums are rank 0's."""
+    """``plain`` is JSON and ``whole`` the state's plain tensors, both the same on all ranks; the rest is rank 0's."""
 
     plain: Any
+    whole: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)  # file -> checksum
 
@@ -63,9 +67,21 @@ class StateCodec:
         self._written: dict[str, _Written] = {}
 
     def encode(self, state: Any, name: str, owner: str) -> Encoded:
-        """``state`` under the prefix ``name``; raises UsageError naming ``owner`` for what cannot be kept."""
+        """``state`` under the prefix ``name``.
+
+        Raises UsageError naming ``owner`` for what cannot be kept, and RunFailedError for what is not the same on all ranks:
+        a run that resumed would have rank 0's everywhere.
+        """
         encoded = Encoded(None)
         encoded.plain = self._encode(state, name, owner, encoded)
+        plain = tensors.gather_objects(json.dumps(encoded.plain, sort_keys=True))
+        odd = [rank for rank, text in enumerate(plain) if text != plain[0]]
+        found = (name, odd) if odd else differing(encoded.whole)
+        if found is not None:
+            raise RunFailedError(
+                f"{owner}: its state {found[0]} on rank {', '.join(map(str, found[1]))} is not rank 0's; allowed are values "
+                "that are the same on all ranks (reduced over them), DTensors and Blocks"
+            )
         return encoded
 
     def decode(
@@ -94,6 +110,8 @@ class StateCodec:
 
     def _encode(self, value: Any, name: str, owner: str, into: Encoded) -> Any:
         if isinstance(value, Tensor):
+            if not isinstance(value, DTensor):
+                into.whole[name] = value
             into.values.update(tensors.to_main({name: value}))
             return {TENSOR: name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if isinstance(value, Block):

@@ -170,7 +170,8 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on: nested dicts and lists of plain values, tensors, and `Block` s.
 
-        Tensors are the same on all ranks, or DTensors; a `Block` is spread over ranks.
+        Tensors are the same on all ranks, or DTensors; a `Block` is spread over ranks. A state that is not ends the run, which
+        would resume with rank 0's on all of them.
         """
         return {}
 

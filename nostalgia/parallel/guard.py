@@ -16,31 +16,38 @@ PIECE = 2**24  # numbers of a tensor that are widened at once
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
 def check_consistency(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise RunFailedError, on every rank, naming the first of ``tensors`` that is not the same on all ranks.
+    """Raise RunFailedError, on every rank, naming the first of ``tensors`` that is not the same on all ranks."""
+    if found := differing(tensors):
+        name, ranks = found
+        raise RunFailedError(
+            f"{where}: ranks have diverged: {name} differs on rank {', '.join(map(str, ranks))} from "
+            "rank 0; this run's numbers cannot be trusted from here on: start again from a checkpoint, and look for "
+            "faulty hardware or code that changes parameters on one rank only"
+        )
 
-    Compares one integer checksum a tensor, of the bits, by one small all-gather. Shards of FSDP2 differ by nature and
-    are left out; so must be whatever else is spread over ranks.
+
+@torch.no_grad()
+def differing(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]] | None:
+    """The first of ``tensors`` that is not the same on all ranks, and the ranks that differ from rank 0; None where all are.
+
+    A collective with the same names everywhere. Compares one integer checksum a tensor, of the bits, by one small all-gather.
+    Shards of FSDP2 differ by nature and are left out; so must be whatever else is spread over ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
+        return None
     whole = {name: t for name, t in tensors.items() if not isinstance(t, DTensor)}
     if not whole:
-        return
+        return None
     device = carrier(next(iter(whole.values())).device)
     mine = torch.stack([checksum(t).to(device) for t in whole.values()])
     every = mine.new_empty(dist.get_world_size(), len(mine))
     dist.all_gather_into_tensor(every.view(-1), mine)
     differs = (every != every[0]).any(dim=0)
-    if bool(differs.any()):
-        column = int(differs.nonzero()[0])
-        ranks = (every[:, column] != every[0, column]).nonzero().flatten().tolist()
-        raise RunFailedError(
-            f"{where}: ranks have diverged: {list(whole)[column]} differs on rank {', '.join(map(str, ranks))} from "
-            "rank 0; this run's numbers cannot be trusted from here on: start again from a checkpoint, and look for "
-            "faulty hardware or code that changes parameters on one rank only"
-        )
+    if not bool(differs.any()):
+        return None
+    column = int(differs.nonzero()[0])
+    return list(whole)[column], (every[:, column] != every[0, column]).nonzero().flatten().tolist()
 
 
 def checksum(tensor: Tensor) -> Tensor:

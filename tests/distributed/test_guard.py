@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from nostalgia.methods import Method
@@ -20,6 +21,32 @@ class Apart(Method):
         with torch.no_grad():
             for parameter in task.parameters.values():
                 parameter += 0.01 * task.accelerator.process_index
+
+
+class Unreduced(Method):
+    """Keeps what it has summed over its own rank's samples alone."""
+
+    name = "unreduced"
+
+    def __init__(self, config, seed):  # type: ignore[no-untyped-def]
+        super().__init__(config, seed=seed)
+        self.sum = torch.zeros(2)
+
+    def end_task(self, task):  # type: ignore[no-untyped-def]
+        self.sum = torch.full((2,), 1.0 + task.accelerator.process_index)
+
+    def state_dict(self):  # type: ignore[no-untyped-def]
+        return {"kept": {"sum": self.sum, "tasks": 1}}
+
+    def load_state_dict(self, state):  # type: ignore[no-untyped-def]
+        self.sum = state["kept"]["sum"]
+
+
+class UnequalWords(Unreduced):
+    name = "unequal_words"
+
+    def state_dict(self):  # type: ignore[no-untyped-def]
+        return {"largest": float(self.sum[0])}
 
 
 PARAMETER = "model.layers.1.mlp.fc1.weight"
@@ -45,3 +72,17 @@ def test_a_method_that_leaves_ranks_apart_ends_the_run_however_short_the_task(tm
     assert done.codes == [4, 4]
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "task1_digits, at its end: ranks have diverged: " in error
+
+
+@pytest.mark.parametrize(("name", "where"), [("Unreduced", "method/kept/sum"), ("UnequalWords", "method")])
+def test_a_method_whose_state_is_not_that_of_all_ranks_ends_the_run(tmp_path: Path, name: str, where: str) -> None:
+    words = [
+        *WORDS,
+        f"method={__name__}:{name}",
+        f"experiment.output_dir={tmp_path / 'runs'}",
+        "train.max_steps_per_epoch=2",
+    ]
+    done = run_train(words, world_size=2)
+    assert done.codes == [4, 4]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"its state {where} on rank 1 is not rank 0's" in error
