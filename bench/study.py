@@ -109,12 +109,12 @@ VARIANTS = {
 }
 
 
-# The learning rate is searched too: what forgets less may bear, or need, another one.
+# The learning rate is searched too: what forgets less may bear, or need, another one. First the rate, then at it the strength.
 RATES = (1e-3, 2e-3, 4e-3)
 RATED = {
     "finetune, own rate": Arm("finetune", (SAME,), {"lr": RATES}),
     "nostalgia, own rate": Arm("nostalgia", (FRESH,), {"tail_strength": (10,), "lr": RATES}),
-    "kronecker, own rate": Arm("kronecker", (FRESH,), {"strength": (30,), "temperature": (4,), "lr": RATES}),
+    "nostalgia, own rate and strength": Arm("nostalgia", (FRESH,), {"tail_strength": (1, 3, 10), "lr": (2e-3,)}),
     "lwf, fresh, own rate": Arm("lwf", (FRESH,), {"strength": (1,), "lr": RATES}),
 }
 
@@ -253,6 +253,7 @@ def choice_table(found: dict[str, Any]) -> str:
     """Markdown: what was chosen from, one run a stream."""
     runs = {(run["arm"], shown(run["options"]), run["stream"]): run for run in found["choice"]}
     streams, first = list(dict.fromkeys(run["stream"] for run in found["choice"])), found["choice"][0]["arm"]
+    plain_options = shown(found.get("chosen", {}).get(first, {}))
     lines = [
         f"| method | options | {' | '.join(f'{s}: ACC | BWT | LA | left' for s in streams)} |",
         "|" + (2 + 4 * len(streams)) * "---|",
@@ -260,7 +261,7 @@ def choice_table(found: dict[str, Any]) -> str:
     for arm, options in dict.fromkeys((arm, options) for arm, options, _ in runs):
         cells = [arm, options]
         for stream in streams:
-            run, plain = runs[arm, options, stream], runs[first, "", stream]
+            run, plain = runs[arm, options, stream], runs[first, plain_options, stream]
             cells += [f"{run[key]:.3f}" for key in ("acc", "bwt", "learning_accuracy")]
             cells.append(f"{round(100 * run['bwt'] / plain['bwt']) or 0} %")
         lines.append(f"| {' | '.join(cells)} |")
