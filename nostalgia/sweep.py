@@ -5,6 +5,7 @@ python -m nostalgia.sweep --suite demo --methods nostalgia,finetune,joint --seed
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
     words = [*options.words, "--quiet", f"method={method}", f"experiment.seed={seed}"]
     label, name = f"{method} seed {seed}", _folder_name(method, options.methods)
     if strength is not None:
-        text = f"{strength:.0f}" if strength == int(strength) else f"{strength:g}"  # 1e+06 is no whole number of bytes
+        text = _strength_text(strength)
         words.append(f"method.{method_class(method).strength_option}={text}")
         label, name = f"{method} {text} seed {seed}", f"{name}/strength_{text}"
     config = parse(words).config
@@ -129,6 +130,10 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
     absolute_paths(config)
     folder = Path(config.experiment.output_dir).expanduser() / name / f"seed{seed}"
     return Cell(Job(label, folder, tuple(words), is_complete(folder, config)), method, strength)
+
+
+def _strength_text(strength: float) -> str:
+    return f"{strength:.0f}" if strength == int(strength) else f"{strength:.12g}"  # 1e+06 is no whole number of bytes
 
 
 def _strengths(method: str, wanted: Strengths) -> Sequence[float | None]:
@@ -153,6 +158,8 @@ def is_complete(folder: Path, config: Config) -> bool:
         saved = read_yaml(folder / "config.yaml")
     except NotFoundError:
         return False
+    if _unfinished(folder, config):
+        return False
     changed = differences(saved if isinstance(saved, dict) else {}, config)
     name = str(config.method["name"])
     if results.details.get("method_code", "") != method_code(name):
@@ -163,6 +170,13 @@ def is_complete(folder: Path, config: Config) -> bool:
             "experiment.output_dir, or remove it"
         )
     return True
+
+
+def _unfinished(folder: Path, config: Config) -> bool:
+    """Whether the run ended while it wrote what it leaves beside its results, and can go on from a checkpoint to write it."""
+    wanted = [folder / "export"] if config.experiment.export else []
+    wanted += [folder / "results" / "report.html"] if config.logger.report else []
+    return not all(path.exists() for path in wanted) and any((folder / "checkpoints").glob("0*"))
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
@@ -270,16 +284,23 @@ def _read_strengths(text: str | None, methods: Sequence[str]) -> Strengths:
     if text in (None, "auto"):
         return None if text is None else ()
     if "=" not in text:
-        return tuple(float(value) for value in text.split(",") if value)
-    found: dict[str, tuple[float, ...]] = {}
+        return _each_once(text, [float(value) for value in text.split(",") if value])
+    found: dict[str, list[float]] = {}
     method = ""
     for word in text.split(","):
         name, equals, value = word.rpartition("=")
         method = name if equals else method
         if method not in methods or not method_class(method).strengths:
             raise UsageError(f"--strengths {word}: {method or 'nothing'} is none of --methods that has a strength")
-        found[method] = (*found.get(method, ()), float(value))
-    return found
+        found.setdefault(method, []).append(float(value))
+    return {name: _each_once(text, values) for name, values in found.items()}
+
+
+def _each_once(text: str, strengths: Sequence[float]) -> tuple[float, ...]:
+    """``strengths`` of one method; one named twice would be the same run, counted as two."""
+    if not all(map(math.isfinite, strengths)) or len(set(map(_strength_text, strengths))) < len(strengths):
+        raise UsageError(f"--strengths {text}: finite numbers, and each once")
+    return tuple(strengths)
 
 
 def _parser() -> CommandParser:

@@ -138,8 +138,11 @@ class Sweep:
         return code
 
     def _interrupted(self, code: int) -> bool:
-        """Whether this sweep has ended the run: one that has yet to load its data and weights does not listen for signals."""
-        return self.stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        """Whether this sweep has ended the run: one that has yet to load its data and weights does not listen for signals.
+
+        torchrun then ends with 1, which is no code of a run's own.
+        """
+        return self.stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, 1)
 
 
 def run_jobs(

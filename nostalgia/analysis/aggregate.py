@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nostalgia.analysis.run_folder import RunFolder, read_run
+from nostalgia.analysis.run_folder import RunFolder, read_run, tell_apart
 from nostalgia.analysis.settings import differences
 from nostalgia.errors import NotFoundError
 from nostalgia.logging.results import COSTS, METRICS
@@ -46,6 +47,7 @@ def read_finished(paths: Sequence[Path]) -> list[RunFolder]:
         if run.results is None:
             raise NotFoundError(f"{path}: no results to compare ({run.problems.get('results.json', 'unreadable')})")
         runs.append(run)
+    tell_apart(runs)
     return runs
 
 
@@ -90,7 +92,16 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         )
         names = f"{one[:120]} and {two[:120]}"
         found.append(f"the runs have different tasks ({names}): their numbers do not compare")
+    if other is None and len(seen := {images: run for run in runs if (images := _images(run)) is not None}) > 1:
+        one, two = [f"{run.path} of {count:,}" for (count, _), run in list(seen.items())[:2]]
+        found.append(
+            f"the runs saw different images ({one}, {two}): their data changed, and their numbers do not compare"
+        )
     for row in rows:
+        ranks = sorted({run.results.world_size for run in row.runs if run.results is not None})
+        if len(ranks) > 1:
+            numbers = " and ".join(map(str, ranks))
+            found.append(f"{row.method}: its runs are of {numbers} processes, and of as many times the batch")
         if len(set(row.seeds)) < len(row.seeds):
             found.append(f"{row.method}: several runs have the same seed; they are averaged as if they were seeds")
         apart = differences([run.config for run in row.runs])
@@ -98,6 +109,20 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
             first = ", ".join(f"{key} ({', '.join(dict.fromkeys(values))})" for key, values in list(apart.items())[:3])
             found.append(f"{row.method}: its runs differ in {first}; they are averaged as if they were seeds")
     return found
+
+
+def _images(run: RunFolder) -> tuple[int, str] | None:
+    """Number of all images that a run trained and validated on, and a digest of their names where it holds them all.
+
+    Which task and which part an image is in may depend on the seed. None where the run does not say.
+    """
+    parts = [part for task in run.data.values() if isinstance(task, dict) for part in task.values()]
+    if not parts or not all(isinstance(part, dict) and isinstance(part.get("images"), int) for part in parts):
+        return None
+    names = [part.get("names") for part in parts]
+    known = all(isinstance(some, list) for some in names)
+    text = "\n".join(sorted(str(name) for some in names for name in some)) if known else ""
+    return sum(part["images"] for part in parts), hashlib.sha256(text.encode()).hexdigest()
 
 
 def summarise(values: Sequence[float | None]) -> Value | None:

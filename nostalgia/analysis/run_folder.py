@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -15,6 +15,7 @@ from nostalgia.logging.files import is_number, read_json
 from nostalgia.logging.results import FORGETTING, MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
 from nostalgia.utils.yaml_files import read_yaml
 
+DATA = "data.json"
 FORGETTING_NUMBERS = ("measured", "predicted", "linear", "inside", "outside", "bound", "displacement")
 
 T = TypeVar("T")
@@ -50,18 +51,35 @@ class RunFolder:
         default_factory=lambda: {"tasks": [], "rows": []}
     )  # results/forgetting_prediction.json
     config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # data.json: the images of each task
+    alias: str = ""  # what tells its method from another of the same name: see `tell_apart`
     problems: dict[str, str] = field(default_factory=dict)  # name of the file -> why it could not be read
+
+    @property
+    def configured_method(self) -> str:
+        """``method.name`` of its configuration: a built-in method's, or ``module:Class``."""
+        group = self.config.get("method")
+        return str(group.get("name", "")) if isinstance(group, dict) else ""
 
     @property
     def method(self) -> str:
         """The method's name, empty where no file tells it."""
-        group = self.config.get("method")
-        configured = group.get("name", "") if isinstance(group, dict) else ""
-        return self.results.method if self.results else str(configured)
+        return self.results.method if self.results else self.configured_method
 
     @property
     def label(self) -> str:
-        return self.method or self.path.name
+        return self.alias or self.method or self.path.name
+
+
+def tell_apart(runs: Iterable[RunFolder]) -> None:
+    """Name runs of methods that are called alike, such as two classes of the user's own, as they are configured."""
+    named: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        named.setdefault(run.method, []).append(run)
+    for alike in named.values():
+        if len({run.configured_method for run in alike}) > 1:
+            for run in alike:
+                run.alias = run.configured_method
 
 
 def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = None) -> RunFolder:
@@ -73,6 +91,8 @@ def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = 
         raise NotFoundError(f"{path}: no such run folder")
     run = RunFolder(path=path)
     run.config = _attempt(run, path / "config.yaml", _read_config, {})
+    if (path / DATA).exists():
+        run.data = _attempt(run, path / DATA, _read_mapping, {})
     run.metrics = _attempt(run, log_csv or path / "metrics.csv", read_log, [])
     run.memory = _attempt(run, mem_csv or path / "memory.csv", read_log, [])
     for file in sorted((path / "curvature").glob("task*.json"), key=_task_number):
@@ -174,6 +194,11 @@ def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: D) 
         reason = f"{file} is not there" if not file.exists() else str(error)
         run.problems[file.name] = reason
         return default
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    found = read_json(file)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -14,9 +14,12 @@ import psutil
 import pytest
 
 from nostalgia import sweep as command
+from nostalgia.config import parse, save
+from nostalgia.experiment.method_choice import complete_method
 from nostalgia.sweep_runner import Job, Sweep, gpu_slots
 from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration.stubs import torchrun
+from tests.unit.analysis.folders import write_run
 
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
@@ -102,6 +105,11 @@ def test_a_signal_ends_a_sweep_with_checkpoints(tmp_path: Path) -> None:
         (["--methods", "nostlgia"], "did you mean nostalgia"),
         (["method=joint"], "use --methods"),
         (["--run-dir", "x"], "the sweep chooses it"),
+        (["--methods", "ewc", "--strengths", "10,10"], "--strengths 10,10: finite numbers, and each once"),
+        (["--methods", "ewc,si", "--strengths", "ewc=1,2,si=1,1.0"], "each once"),
+        (["--methods", "ewc", "--strengths", "0.1,0.1000000000001"], "each once"),
+        (["--methods", "ewc", "--strengths", "inf"], "finite numbers"),
+        (["--methods", "ewc", "--strengths", "nan"], "finite numbers"),
         (["train.epoch=3"], "did you mean train.epochs"),
     ],
 )
@@ -116,6 +124,30 @@ def test_wrong_usage_runs_nothing(
     assert message in errors
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_strength_is_run_as_it_is_named(tmp_path: Path) -> None:
+    words = ["--methods", "ewc", "--seeds", "0", "--strengths", "12345678.5,1e6,0.12345671", "--suite", "demo"]
+    options = command.read_options([*words, f"experiment.output_dir={tmp_path}"])
+    given = [word for cell in command.plan(options) for word in cell.job.words if word.startswith("method.strength=")]
+    assert [float(word.partition("=")[2]) for word in given] == [12345678.5, 1e6, 0.12345671]
+
+
+def test_a_run_that_ended_while_it_wrote_its_export_goes_on(tmp_path: Path) -> None:
+    """Its results were there; where there is no checkpoint to go on from, it stays complete."""
+    words = ["--methods", "finetune", "--seeds", "0", "--suite", "demo", f"experiment.output_dir={tmp_path}"]
+    options = command.read_options(words)
+    (cell,) = command.plan(options)
+    config = parse(list(cell.job.words)).config
+    complete_method(config)
+    folder = write_run(cell.job.folder, method="finetune")
+    save(config, folder / "config.yaml")
+    assert command.plan(options)[0].job.complete
+    (folder / "checkpoints" / "000003_task3_end_of_task").mkdir(parents=True)
+    assert not command.plan(options)[0].job.complete
+    (folder / "export").mkdir()
+    (folder / "results" / "report.html").touch()
+    assert command.plan(options)[0].job.complete
 
 
 def test_gpus_are_shared_out() -> None:
@@ -169,11 +201,12 @@ def test_a_sweep_that_is_killed_and_begun_again_gives_the_same_table(tmp_path: P
     assert tables["parallel"] == tables["alone"] == tables["killed"]
 
 
-def test_a_run_that_the_sweep_ends_before_it_listens_is_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [128 + signal.SIGTERM, 1])  # of the shell, of torchrun
+def test_a_run_that_the_sweep_ends_before_it_listens_is_interrupted(tmp_path: Path, code: int) -> None:
     class Starting:
         def wait(self) -> int:
             sweep.stop(signal.SIGTERM, None)
-            return 128 + signal.SIGTERM
+            return code
 
         def send_signal(self, number: int) -> None:
             pass

@@ -13,7 +13,7 @@ from nostalgia.analysis.frontier import HEAD, Frontier, cells, note
 from nostalgia.analysis.report.blocks import Block, Code, Page, Pictures, Table, Text, picture
 from nostalgia.analysis.report.tables import HEADS, cost_text, latex_table, markdown_table
 from nostalgia.analysis.report.words import fraction
-from nostalgia.analysis.run_folder import RunFolder, finished_tasks
+from nostalgia.analysis.run_folder import RunFolder, finished_tasks, tell_apart
 from nostalgia.analysis.settings import differences
 from nostalgia.analysis.strengths import at_chosen, frontier_of
 from nostalgia.logging.console import METRIC_MEANINGS, METRIC_TITLES
@@ -28,6 +28,7 @@ def comparison_page(runs: Sequence[RunFolder], select_seeds: Sequence[int] = ())
     Where methods were run at several strengths, the comparison at equal learning accuracy comes first, and what follows
     shows each method at the strength chosen there; ``select_seeds`` are those strengths are chosen on.
     """
+    tell_apart(runs)
     runs = sorted(runs, key=lambda run: (place(run.label), run.results.seed if run.results else math.inf))
     finished = [run for run in runs if run.results is not None]
     found = frontier_of(finished, select_seeds)

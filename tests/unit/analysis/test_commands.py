@@ -172,6 +172,43 @@ def test_compare_says_what_does_not_compare(tmp_path: Path) -> None:
     assert "different tasks" not in later.getvalue()
 
 
+def images(names: list[str]) -> dict[str, object]:
+    return {"images": len(names), "digest": "", "classes": {}, "names": names}
+
+
+def compared(*folders: Path) -> str:
+    stream = io.StringIO()
+    compare.compare(list(folders), Console(file=stream, width=400))
+    return stream.getvalue()
+
+
+def test_compare_says_where_the_images_are_others(tmp_path: Path) -> None:
+    """Which of them a task trains and validates on may depend on the seed."""
+    one, two, old = (write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b", "c")))
+    (one / "data.json").write_text(json.dumps({"t1": {"training": images(["1", "2"]), "validation": images(["3"])}}))
+    again = {"t1": {"training": images(["3", "2"])}, "t2": {"validation": images(["1"])}}
+    (two / "data.json").write_text(json.dumps(again))
+    assert "different images" not in compared(one, two, old)
+    again["t2"]["validation"] = images(["4"])
+    (two / "data.json").write_text(json.dumps(again))
+    assert f"note: the runs saw different images ({one} of 3, {two} of 3)" in compared(one, two, old)
+
+
+def test_compare_says_where_processes_are_more(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{ranks}", seed=ranks, world_size=ranks) for ranks in (1, 2)]
+    assert "note: nostalgia: its runs are of 1 and 2 processes" in compared(*runs)
+    assert "processes" not in compared(runs[0])
+
+
+def test_classes_of_one_name_are_two_methods(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{i}", method="Mine", seed=i % 2) for i in range(4)]
+    for i, run in enumerate(runs):
+        (run / "config.yaml").write_text(f"method:\n  name: {'ab'[i // 2]}.mine:Mine\n")
+    rows = by_method(read_finished(runs))
+    assert [(row.method, row.seeds) for row in rows] == [("a.mine:Mine", (0, 1)), ("b.mine:Mine", (0, 1))]
+    assert [row.method for row in by_method(read_finished(runs[:2]))] == ["Mine"]
+
+
 def test_compare_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     shutil.rmtree(run / "results")
