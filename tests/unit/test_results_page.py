@@ -24,6 +24,8 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
     page = (DOCS / "results.md").read_text()
     assert table(study("study")) in page
     assert choice_table(study("study_variants")) in page
+    assert table(study("study_rates")) in page
+    assert choice_table(study("study_rates")) in page
     assert overview(study("study_four_seeds")) in page
 
 
@@ -31,11 +33,11 @@ def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
     found = [
         study(name)
         for name in (
-            "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu", "demo",
+            "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu", "study_rates", "demo",
         )
     ]  # fmt: skip
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 519
+    assert len(runs) == 565
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
