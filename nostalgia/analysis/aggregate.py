@@ -97,11 +97,10 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         found.append(
             f"the runs saw different images ({one}, {two}): their data changed, and their numbers do not compare"
         )
+    ranks = sorted({run.results.world_size for run in runs if run.results is not None})
+    if len(ranks) > 1:
+        found.append(f"the runs are of {' and '.join(map(str, ranks))} processes, each with dataset.batch_size images a step")
     for row in rows:
-        ranks = sorted({run.results.world_size for run in row.runs if run.results is not None})
-        if len(ranks) > 1:
-            numbers = " and ".join(map(str, ranks))
-            found.append(f"{row.method}: its runs are of {numbers} processes, and of as many times the batch")
         if len(set(row.seeds)) < len(row.seeds):
             found.append(f"{row.method}: several runs have the same seed; they are averaged as if they were seeds")
         apart = differences([run.config for run in row.runs])

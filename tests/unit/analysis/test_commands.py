@@ -196,7 +196,7 @@ def test_compare_says_where_the_images_are_others(tmp_path: Path) -> None:
 
 def test_compare_says_where_processes_are_more(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{ranks}", seed=ranks, world_size=ranks) for ranks in (1, 2)]
-    assert "note: nostalgia: its runs are of 1 and 2 processes" in compared(*runs)
+    assert "note: the runs are of 1 and 2 processes" in compared(*runs)
     assert "processes" not in compared(runs[0])
 
 
