@@ -99,7 +99,9 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         )
     ranks = sorted({run.results.world_size for run in runs if run.results is not None})
     if len(ranks) > 1:
-        found.append(f"the runs are of {' and '.join(map(str, ranks))} processes, each with dataset.batch_size images a step")
+        found.append(
+            f"the runs are of {' and '.join(map(str, ranks))} processes, each with dataset.batch_size images a step"
+        )
     for row in rows:
         if len(set(row.seeds)) < len(row.seeds):
             found.append(f"{row.method}: several runs have the same seed; they are averaged as if they were seeds")

@@ -33,7 +33,8 @@ def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
     found = [
         study(name)
         for name in (
-            "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu", "study_rates", "demo",
+            "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu",
+            "study_rates", "demo",
         )
     ]  # fmt: skip
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
