@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nostalgia.config import Config, parse
+from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
@@ -38,12 +39,8 @@ same line can be given again. Each run is started as by launch/ddp.sh: NPROC pro
 0 all runs are complete, 2 wrong usage, 4 some failed, 75 interrupted.
 """
 OURS = ("--run-dir", "--resume", "method", "method.name", "experiment.seed")  # words the sweep chooses itself
-# What may differ between a finished run and the one that is asked for: nothing of it changes the numbers.
-FREE = (
-    "logger.", "experiment.output_dir", "experiment.name", "dataset.root", "dataset.num_workers", "dataset.download",
-    "train.log_every_n_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
-)  # fmt: skip
-
+# What a run may change when it resumes, but not beside others: the batch, and what computes.
+OF_THE_NUMBERS = frozenset({"dataset.batch_size", "train.gradient_accumulation_steps", "train.accelerator"})
 
 # None: as configured; a tuple: of every method that has one, its own grid where empty; a mapping: by method.
 Strengths = tuple[float, ...] | Mapping[str, tuple[float, ...]] | None
@@ -183,7 +180,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What differs between a saved configuration and ``config`` and matters, a text each."""
     asked = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
     had = _flat(saved)
-    keys = [key for key in sorted(asked | had) if not key.startswith(FREE)]
+    free = (free_keys() | {"experiment.export"}) - OF_THE_NUMBERS
+    keys = [key for key in sorted(asked | had) if key not in free]
     if asked.get("train.precision") == "auto":  # a run records what it became
         keys.remove("train.precision")
     return [f"{key} was {had.get(key)}, is {asked.get(key)}" for key in keys if had.get(key) != asked.get(key)]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from omegaconf import OmegaConf
 
 from nostalgia import sweep as command
 from nostalgia.config import parse, save
@@ -148,6 +149,19 @@ def test_a_run_that_ended_while_it_wrote_its_export_goes_on(tmp_path: Path) -> N
     (folder / "export").mkdir()
     (folder / "results" / "report.html").touch()
     assert command.plan(options)[0].job.complete
+
+
+def test_what_changes_no_number_of_a_finished_run_is_not_another_setting(tmp_path: Path) -> None:
+    words = ["--suite", "demo", f"experiment.output_dir={tmp_path}"]
+    saved = OmegaConf.to_container(OmegaConf.structured(parse(words).config), resolve=True)
+    assert isinstance(saved, dict)
+
+    def changed(*more: str) -> list[str]:
+        return [text.partition(" ")[0] for text in command.differences(saved, parse([*words, *more]).config)]
+
+    free = ("train.guard_every_n_steps=7", "experiment.export=false", "logger.report=false", "train.keep_checkpoints=5")
+    assert changed("experiment.name=other", *free) == []
+    assert changed("dataset.batch_size=7", "train.lr=1") == ["dataset.batch_size", "train.lr"]
 
 
 def test_gpus_are_shared_out() -> None:
