@@ -14,8 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nostalgia.config import Config, parse
-from nostalgia.config.checks import free_keys
+from nostalgia.config import Config, free_keys, parse
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
 from nostalgia.experiment.method_choice import complete_method
