@@ -154,9 +154,8 @@ def is_complete(folder: Path, config: Config) -> bool:
         saved = read_yaml(folder / "config.yaml")
     except NotFoundError:
         return False
-    if _unfinished(folder, config):
-        return False
-    changed = differences(saved if isinstance(saved, dict) else {}, config)
+    saved = saved if isinstance(saved, dict) else {}
+    changed = differences(saved, config)
     name = str(config.method["name"])
     if results.details.get("method_code", "") != method_code(name):
         changed.append(f"the code of method={name}")
@@ -165,13 +164,13 @@ def is_complete(folder: Path, config: Config) -> bool:
             f"{folder}: holds a finished run of other settings ({'; '.join(changed[:3])}); name another "
             "experiment.output_dir, or remove it"
         )
-    return True
+    return not _unfinished(folder, _flat(saved))
 
 
-def _unfinished(folder: Path, config: Config) -> bool:
+def _unfinished(folder: Path, saved: Mapping[str, Any]) -> bool:
     """Whether the run ended while it wrote what it leaves beside its results, and can go on from a checkpoint to write it."""
-    wanted = [folder / "export"] if config.experiment.export else []
-    wanted += [folder / "results" / "report.html"] if config.logger.report else []
+    wanted = [folder / "export"] if saved.get("experiment.export") else []
+    wanted += [folder / "results" / "report.html"] if saved.get("logger.report") else []
     return not all(path.exists() for path in wanted) and any((folder / "checkpoints").glob("0*"))
 
 

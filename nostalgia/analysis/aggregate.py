@@ -94,9 +94,7 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         found.append(f"the runs have different tasks ({names}): their numbers do not compare")
     if other is None and len(seen := {images: run for run in runs if (images := _images(run)) is not None}) > 1:
         one, two = [f"{run.path} of {count:,}" for (count, _), run in list(seen.items())[:2]]
-        found.append(
-            f"the runs saw different images ({one}, {two}): their data changed, and their numbers do not compare"
-        )
+        found.append(f"the runs saw different images ({one}, {two}): their numbers do not compare")
     ranks = sorted({run.results.world_size for run in runs if run.results is not None})
     if len(ranks) > 1:
         found.append(

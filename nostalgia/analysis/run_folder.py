@@ -90,9 +90,9 @@ def read_run(path: Path, *, log_csv: Path | None = None, mem_csv: Path | None = 
     if not path.is_dir():
         raise NotFoundError(f"{path}: no such run folder")
     run = RunFolder(path=path)
-    run.config = _attempt(run, path / "config.yaml", _read_config, {})
+    run.config = _mapping(_attempt(run, path / "config.yaml", read_yaml, {}))
     if (path / DATA).exists():
-        run.data = _attempt(run, path / DATA, _read_mapping, {})
+        run.data = _mapping(_attempt(run, path / DATA, read_json, {}))
     run.metrics = _attempt(run, log_csv or path / "metrics.csv", read_log, [])
     run.memory = _attempt(run, mem_csv or path / "memory.csv", read_log, [])
     for file in sorted((path / "curvature").glob("task*.json"), key=_task_number):
@@ -196,14 +196,8 @@ def _attempt(run: RunFolder, file: Path, read: Callable[[Path], T], default: D) 
         return default
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
-    found = read_json(file)
+def _mapping(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    config = read_yaml(file)
-    return config if isinstance(config, dict) else {}
 
 
 def _is_record(item: Any, words: tuple[str, ...], numbers: tuple[str, ...]) -> bool:

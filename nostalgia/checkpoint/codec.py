@@ -6,6 +6,7 @@ State is nested dicts (string keys) and lists of plain values, tensors (the same
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import secrets
@@ -74,8 +75,9 @@ class StateCodec:
         """
         encoded = Encoded(None)
         encoded.plain = self._encode(state, name, owner, encoded)
-        plain = tensors.gather_objects(json.dumps(encoded.plain, sort_keys=True))
-        odd = [rank for rank, text in enumerate(plain) if text != plain[0]]
+        text = json.dumps(encoded.plain, sort_keys=True)
+        digests = tensors.gather_objects(hashlib.sha256(text.encode()).hexdigest())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         found = (name, odd) if odd else differing(encoded.whole)
         if found is not None:
             raise RunFailedError(

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nostalgia.analysis.run_folder import DATA
 from nostalgia.config import Config
 from nostalgia.data.fingerprint import difference, fingerprint, names_of
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError
 from nostalgia.logging.files import read_json, write_json
 
-FILE = "data.json"  # in the run's folder
 CLASS_ORDER = "class_order.json"  # beside it, of experiment.split=classes
 
 
@@ -20,7 +20,7 @@ def record_data(folder: Path, tasks: Sequence[Task], config: Config) -> None:
     """Write what each task's splits hold, images by name where they are not too many, and the order of the classes of a
     split by them, as experiment.class_order takes it.
     """
-    write_json(folder / FILE, {task.name: _splits(task) for task in tasks})
+    write_json(folder / DATA, {task.name: _splits(task) for task in tasks})
     if config.experiment.tasks is None and config.experiment.split == "classes":
         write_json(folder / CLASS_ORDER, list(dict.fromkeys(name for task in tasks for name in task.classes)))
 
@@ -30,9 +30,9 @@ def check_data(folder: Path, tasks: Sequence[Task], remedy: str) -> None:
 
     A run folder without the file, from an earlier version, is taken as it is.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / DATA).is_file():
         return
-    then = read_json(folder / FILE)
+    then = read_json(folder / DATA)
     for task in tasks:
         for split, now in _splits(task).items():
             before = then.get(task.name, {}).get(split)

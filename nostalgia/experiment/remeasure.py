@@ -12,7 +12,7 @@ from nostalgia.data.stream import View
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.evaluation.per_class import evaluate_classes
-from nostalgia.experiment.data_check import FILE, check_data
+from nostalgia.experiment.data_check import check_data
 from nostalgia.experiment.exporting import EXPORT
 from nostalgia.experiment.task_data import folder_task, load_tasks, task_loader
 from nostalgia.logging.class_table import Measured, print_measured
@@ -82,7 +82,9 @@ def _tasks(request: EvaluationRequest, classes: Classes, chosen: list[str], acce
     tasks = load_tasks(request.config, accelerator)
     on_main(
         accelerator,
-        lambda: check_data(request.run_dir, tasks, f"measure a folder with --data, or remove {request.run_dir / FILE}"),
+        lambda: check_data(
+            request.run_dir, tasks, f"measure a folder with --data, or remove {request.run_dir}/data.json"
+        ),
     )
     return [task for task in agree(accelerator, lambda: check(tasks)) if task.name in chosen]
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from nostalgia import sweep as command
 from nostalgia.config import parse, save
+from nostalgia.errors import UsageError
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.sweep_runner import Job, Sweep, gpu_slots
 from tests.distributed.harness import ROOT, cpu_environment
@@ -146,6 +147,8 @@ def test_a_run_that_ended_while_it_wrote_its_export_goes_on(tmp_path: Path) -> N
     assert command.plan(options)[0].job.complete
     (folder / "checkpoints" / "000003_task3_end_of_task").mkdir(parents=True)
     assert not command.plan(options)[0].job.complete
+    with pytest.raises(UsageError, match=r"train\.lr was"):  # of other settings all the same
+        command.plan(command.read_options([*words, "train.lr=7"]))
     (folder / "export").mkdir()
     (folder / "results" / "report.html").touch()
     assert command.plan(options)[0].job.complete
