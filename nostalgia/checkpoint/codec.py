@@ -6,8 +6,6 @@ State is nested dicts (string keys) and lists of plain values, tensors (the same
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import secrets
 import weakref
@@ -70,18 +68,18 @@ class StateCodec:
     def encode(self, state: Any, name: str, owner: str) -> Encoded:
         """``state`` under the prefix ``name``.
 
-        Raises UsageError naming ``owner`` for what cannot be kept, and RunFailedError for what is not the same on all ranks:
+        Raises UsageError naming ``owner`` for what cannot be kept, and RunFailedError for tensors that are not the same on all ranks:
         a run that resumed would have rank 0's everywhere.
         """
         encoded = Encoded(None)
         encoded.plain = self._encode(state, name, owner, encoded)
-        text = json.dumps(encoded.plain, sort_keys=True)
-        digests = tensors.gather_objects(hashlib.sha256(text.encode()).hexdigest())
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        # Numbers may be a rank's own, such as the seconds it took; tensors are what the rest of the run depends on.
+        shapes = tensors.gather_objects([(key, tuple(tensor.shape)) for key, tensor in encoded.whole.items()])
+        odd = [rank for rank, found_there in enumerate(shapes) if found_there != shapes[0]]
         found = (name, odd) if odd else differing(encoded.whole)
         if found is not None:
             raise RunFailedError(
-                f"{owner}: its state {found[0]} on rank {', '.join(map(str, found[1]))} is not rank 0's; allowed are values "
+                f"{owner}: its state {found[0]} on rank {', '.join(map(str, found[1]))} is not rank 0's; allowed are tensors "
                 "that are the same on all ranks (reduced over them), DTensors and Blocks"
             )
         return encoded
