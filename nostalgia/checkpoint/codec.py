@@ -68,8 +68,8 @@ class StateCodec:
     def encode(self, state: Any, name: str, owner: str) -> Encoded:
         """``state`` under the prefix ``name``.
 
-        Raises UsageError naming ``owner`` for what cannot be kept, and RunFailedError for tensors that are not the same on all ranks:
-        a run that resumed would have rank 0's everywhere.
+        Raises UsageError naming ``owner`` for what cannot be kept, and RunFailedError for tensors that are not the same on
+        all ranks: a run that resumed would have rank 0's everywhere.
         """
         encoded = Encoded(None)
         encoded.plain = self._encode(state, name, owner, encoded)
