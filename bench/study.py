@@ -94,7 +94,7 @@ WHOLE_ARMS = {
     "heads_only, whole": Arm("heads_only", WHOLE),
     "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 30, 100, 300), "temperature": (4,)}),
     "kronecker and anchor, whole": Arm(
-        "kronecker", (*WHOLE, "method.anchor=1"), {"strength": (10,), "temperature": (4,)}
+        "kronecker", WHOLE, {"strength": (10, 30), "temperature": (4,), "anchor": (1, 2, 4)}
     ),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
@@ -116,6 +116,14 @@ RATED = {
     "nostalgia, own rate": Arm("nostalgia", (FRESH,), {"tail_strength": (10,), "lr": RATES}),
     "nostalgia, own rate and strength": Arm("nostalgia", (FRESH,), {"tail_strength": (1, 3, 10), "lr": (2e-3,)}),
     "lwf, fresh, own rate": Arm("lwf", (FRESH,), {"strength": (1,), "lr": RATES}),
+    "heads_only, own rate": Arm("heads_only", (SAME,), {"lr": RATES}),
+    "nostalgia, path": Arm("nostalgia", (FRESH, "method.path=auto"), {"tail_strength": (3,), "lr": (2e-3,)}),
+    # At the rate that was best for each of the above, the strengths beside the one that 1e-3 chose.
+    "ewc, 2e-3": Arm("ewc", (SAME,), {"strength": (100, 1000, 10000), "lr": (2e-3,)}),
+    "ewc_lora, 2e-3": Arm("ewc_lora", (), {"strength": (10, 100, 1000), "lr": (2e-3,)}),
+    "gpm, 2e-3": Arm("gpm", (SAME,), {"threshold": (0.8, 0.9, 0.97), "lr": (2e-3,)}),
+    "l2sp, 2e-3": Arm("l2sp", (SAME,), {"strength": (0.001, 0.01, 0.1), "lr": (2e-3,)}),
+    "agem, 2e-3": Arm("agem", (SAME,), {"budget_bytes": (10_000_000,), "lr": (2e-3,)}),
 }
 
 

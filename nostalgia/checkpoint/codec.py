@@ -40,7 +40,9 @@ class SavedFile:
 
 @dataclass
 class Encoded:
-    """``plain`` is JSON and ``whole`` the state's plain tensors, both the same on all ranks; the rest is rank 0's."""
+    """``plain`` is JSON, of which rank 0's is kept, and ``whole`` the state's plain tensors, the same on all ranks; ``values``
+    and ``references`` are rank 0's alone.
+    """
 
     plain: Any
     whole: dict[str, Tensor] = field(default_factory=dict)
