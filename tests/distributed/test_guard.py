@@ -83,7 +83,12 @@ def test_a_method_whose_state_is_not_that_of_all_ranks_ends_the_run(tmp_path: Pa
 
 def test_nostalgia_keeps_the_same_on_all_ranks(tmp_path: Path) -> None:
     """With its factors and its eigensolve's report in the checkpoints; other methods are in tests/faults."""
-    words = [*WORDS[:-1], "method=nostalgia", f"experiment.output_dir={tmp_path / 'runs'}", "train.max_steps_per_epoch=2"]
+    words = [
+        *WORDS[:-1],
+        "method=nostalgia",
+        f"experiment.output_dir={tmp_path / 'runs'}",
+        "train.max_steps_per_epoch=2",
+    ]
     words += ["experiment.tasks=[{dataset: digits, classes: [0, 1]}, {dataset: digits, classes: [2, 3]}]"]
     done = run_train(words, world_size=2)
     assert done.codes == [0, 0], done.stderr
