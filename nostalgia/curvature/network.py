@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from nostalgia.curvature.context import use_twice_differentiable_attention
 from nostalgia.parallel.modules import named_parameters, skeleton, whole_state
+from nostalgia.parallel.tensors import local
 
 Values = tuple[Tensor, ...]
 
@@ -83,5 +83,5 @@ class _Call(nn.Module):
 
 def _stamp(model: nn.Module) -> list[tuple[int, int]]:
     """Where each parameter lies and how often it was written to."""
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in named_parameters(model).values())
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in local]
+    mine = (local(p) for p in named_parameters(model).values())
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in mine]

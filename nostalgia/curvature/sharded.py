@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from nostalgia.curvature.batches import to_device
 from nostalgia.curvature.context import fix_randomness, product_context
 from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.parallel.modules import inner_module, reshard, unpatched
+from nostalgia.parallel.tensors import local
 
 
 class ShardedGradient:
@@ -100,7 +100,7 @@ class ShardedGradient:
         model = self.model
         reshard(model)  # parameters left whole by an evaluation would not follow their shards
         own = list(model.parameters())
-        shards = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in self.parameters]
+        shards = [local(p) for p in self.parameters]
         values = [shard.clone() for shard in shards]
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         modes = [(module, module.training) for module in model.modules()]

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nostalgia.curvature.layers import has_rows, input_rows
 from nostalgia.methods.base import Method, TaskContext
 from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
-from nostalgia.parallel.tensors import world_size
+from nostalgia.parallel.tensors import local, world_size
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class Gpm(Method):
         if not self.spans:
             optimizer.step()
             return
-        local = {name: _local(p) for name, p in self.task.parameters.items()}
-        before = {name: tensor.clone() for name, tensor in local.items()}
+        mine = {name: local(p) for name, p in self.task.parameters.items()}
+        before = {name: tensor.clone() for name, tensor in mine.items()}
         optimizer.step()
-        for name, tensor in local.items():
+        for name, tensor in mine.items():
             if name in self.spans:
                 change = (tensor - before[name]).flatten(1)
                 span = self.spans[name]
@@ -143,7 +142,3 @@ def _inputs(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight[0].numel()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

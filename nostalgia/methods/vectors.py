@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import TaskContext
+from nostalgia.parallel.tensors import local
 
 
 def training_space(task: TaskContext) -> VectorSpace:
@@ -30,9 +30,9 @@ def gradients_of(task: TaskContext) -> list[Tensor]:
 @torch.no_grad()
 def add_to(tensors: Iterable[Tensor], vector: Tensor) -> None:
     """Add a vector (L,) of `training_space` to parameter-shaped tensors, whole or shards, in place."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    parts = vector.split([t.numel() for t in local])
-    torch._foreach_add_(local, [part.view(t.shape).to(t.dtype) for part, t in zip(parts, local, strict=True)])
+    mine = [local(tensor) for tensor in tensors]
+    parts = vector.split([t.numel() for t in mine])
+    torch._foreach_add_(mine, [part.view(t.shape).to(t.dtype) for part, t in zip(parts, mine, strict=True)])
 
 
 class QuadraticPenalty:

@@ -40,6 +40,11 @@ def placed_as(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``, no copy and apart from autograd: its shard of a DTensor, else all of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 @torch.no_grad()
 def to_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole copies on rank 0's CPU; empty on the other ranks. Plain tensors must be the same on all ranks."""

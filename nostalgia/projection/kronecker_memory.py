@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from nostalgia.curvature.kronecker import KroneckerFactors, adapter_form
 from nostalgia.errors import UsageError
 from nostalgia.models.adapters import add_gradient
-from nostalgia.parallel.tensors import placed_as
+from nostalgia.parallel.tensors import local, placed_as
 from nostalgia.projection.adapter_group import AdapterGroup, LayerTerms, adapter_groups, whole
 
 
@@ -48,6 +48,7 @@ class KroneckerMemory:
         self.layers: dict[str, LayerTerms] = {}
         self.diagonal: dict[str, Tensor] = {}  # summed over tasks, in parameter shape
         self.groups: list[AdapterGroup] | None = None  # of the layers and the reference point; None: to be made
+        self._local: list[tuple[Tensor, Tensor]] | None = None  # this rank's diagonals and references; None likewise
         self.reference: dict[str, Tensor] = {}  # parameters at the reference point; shards where they are trained so
 
     @property
@@ -62,7 +63,7 @@ class KroneckerMemory:
 
         What is kept has the precision of the parameters, whatever the factors were measured in.
         """
-        self.tasks, self.groups = self.tasks + 1, None
+        self.tasks += 1
         for layer in factors.layers:
             dtype = parameters[layer.parameters[0]].dtype
             inputs, outputs = layer.inputs[None].to(dtype), layer.outputs[None].to(dtype)
@@ -88,7 +89,7 @@ class KroneckerMemory:
     def anchor(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let the reference point be ``parameters`` as they are now."""
         self.reference = {name: parameters[name].detach().clone() for name in self._names()}
-        self.groups = None
+        self.groups = self._local = None
 
     @torch.no_grad()
     def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -109,8 +110,7 @@ class KroneckerMemory:
                 through = torch.bmm(change.expand(len(layer.inputs), -1, -1), layer.inputs)
                 force = layer.outputs.flatten(0, 1).T @ through.flatten(0, 1)  # sum_t G_t D A_t, G_t symmetric
                 add_gradient(parameters[name], force.view(parameters[name].shape), self.strength)
-        for name, diagonal in self.diagonal.items():
-            add_gradient(parameters[name], diagonal * self._change(name, parameters), self.strength)
+        self._add_diagonal_gradients(parameters)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """R at ``parameters`` (0-dim), differentiable in them where they are plain tensors."""
@@ -152,7 +152,7 @@ class KroneckerMemory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave; the reference point lies as the present one does, if there is one."""
-        self.groups = None
+        self.groups = self._local = None
         self.tasks = state["tasks"]
         self.layers = {
             name: LayerTerms(kept["inputs"], kept["outputs"], tuple(kept["parameters"]), kept["scaling"])
@@ -162,6 +162,24 @@ class KroneckerMemory:
         present, self.reference = self.reference, {}
         for name, value in state["reference"].items():
             self.reference[name] = placed_as(value, present.get(name, value))
+
+    def _add_diagonal_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """All of them at once, each rank for its shards: by single tensors the calls cost more than the numbers."""
+        if not self.diagonal:
+            return
+        places = [parameters[name] for name in self.diagonal]
+        if self._local is None:
+            self._local = [
+                (local(placed_as(diagonal, place)), local(placed_as(self.reference[name], place)))
+                for (name, diagonal), place in zip(self.diagonal.items(), places, strict=True)
+            ]
+        for place in places:
+            if place.grad is None:
+                place.grad = torch.zeros_like(place)
+        forces = torch._foreach_sub([local(place) for place in places], [reference for _, reference in self._local])
+        torch._foreach_mul_(forces, [diagonal for diagonal, _ in self._local])
+        gradients = [local(place.grad) for place in places if place.grad is not None]
+        torch._foreach_add_(gradients, forces, alpha=self.strength)
 
     def _names(self) -> list[str]:
         return [name for layer in self.layers.values() for name in layer.parameters] + list(self.diagonal)
