@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 _TRANSPARENT_SEGMENT = re.compile(rf"(^|\.)({'|'.join(TRANSPARENT)})(?=\.|$)")
 # What `fully_shard` leaves in a module's instance dictionary besides hooks.
-_FSDP_STATE = re.compile(r"^(__composable_api.*|_is_fsdp_managed_module|_fsdp_use_orig_params)$")
+_FSDP_STATE = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params")  # beginnings of names
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -178,7 +178,7 @@ class _Copy:
         self.tensors[id(tensor)] = copy
 
     def _state(self, source: nn.Module) -> dict[str, Any]:
-        state = {name: value for name, value in source.__dict__.items() if not _FSDP_STATE.match(name)}
+        state = {name: value for name, value in source.__dict__.items() if not name.startswith(_FSDP_STATE)}
         _unpatch(state, source)
         for name in _REGISTRIES:
             state[name] = {key: self._image(value) for key, value in source.__dict__[name].items()}
@@ -194,6 +194,8 @@ class _Copy:
 
     def _image(self, value: Any) -> Any:
         """What stands for ``value`` in the copy; plain containers are copied, so that the original's stay its own."""
+        if value is None or isinstance(value, (bool, int, float, str)):  # most of a module's attributes
+            return value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, Tensor):
