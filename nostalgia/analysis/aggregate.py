@@ -100,6 +100,9 @@ def doubts(rows: Sequence[MethodRow]) -> list[str]:
         found.append(
             f"the runs are of {' and '.join(map(str, ranks))} processes, each with dataset.batch_size images a step"
         )
+    if len({tuple(sorted(set(row.seeds))) for row in rows}) > 1:
+        each = "; ".join(f"{row.method} {', '.join(map(str, row.seeds))}" for row in rows)
+        found.append(f"the methods ran with different seeds ({each}): each mean is over its own")
     for row in rows:
         if len(set(row.seeds)) < len(row.seeds):
             found.append(f"{row.method}: several runs have the same seed; they are averaged as if they were seeds")

@@ -45,7 +45,7 @@ class Row:
     """A method at its chosen strength."""
 
     point: Point
-    reaches: bool  # whether its learning accuracy is within the margin of fine-tuning's
+    reaches: bool | None  # whether its learning accuracy is within the margin of fine-tuning's; None where it has none
     p_value: float | None  # paired t test of final accuracies against fine-tuning's, same seeds; None under two pairs
 
 
@@ -137,7 +137,9 @@ def _values(run: RunResults) -> dict[str, float | None]:
     }
 
 
-def _choose(points: Sequence[Point], least: float | None) -> tuple[Point, bool]:
+def _choose(points: Sequence[Point], least: float | None) -> tuple[Point, bool | None]:
+    if all(p.mean["learning_accuracy"] is None for p in points):  # joint training: no task is learned before another
+        return max(points, key=lambda p: _number(p, "acc")), None
     fitting = [p for p in points if least is None or _number(p, "learning_accuracy") >= least]
     if fitting:
         return max(fitting, key=lambda p: _number(p, "acc")), True
@@ -220,7 +222,7 @@ def cells(row: Row) -> list[str]:
     strength = "-" if point.strength is None else f"{point.strength:g}"
     return [
         point.method,
-        strength + ("" if row.reaches else " *"),
+        strength + (" *" if row.reaches is False else ""),
         *shown,
         "-" if row.p_value is None else f"{row.p_value:.2g}",
     ]

@@ -86,7 +86,7 @@ class LeftOut:
         """Count what lies directly in a folder; ``loose``: images too, which are of no class there."""
         for entry in _entries(folder, hidden=True):
             kind = ""
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 kind = "hidden"
             elif not _is_folder(entry) and (loose or not _is_image(entry)):
                 kind = Path(entry.name).suffix.lower() or "without an ending"
@@ -181,7 +181,11 @@ def _entries(folder: Path | str, hidden: bool = False) -> Iterator[os.DirEntry[s
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         raise NotFoundError(f"{folder}: cannot be read ({error.strerror})") from None
-    return (entry for entry in entries if hidden or not entry.name.startswith("."))
+    return (entry for entry in entries if hidden or not _is_hidden(entry.name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # which zip on a Mac puts beside what it packs
 
 
 def _folders(folder: Path) -> list[str]:

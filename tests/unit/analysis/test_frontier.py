@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_method_is_reported_at_the_best_strength_within_the_margin() -> None:
     ours = [r.acc for r in made()["ewc", 10.0]]
     theirs = [r.acc for r in made()["finetune", None]]
     assert rows["ewc"].p_value == pytest.approx(ttest_rel(ours, theirs).pvalue)
+
+
+def test_joint_training_has_no_learning_accuracy_to_reach() -> None:
+    joint = [replace(results("joint", s, 0.9, 0.9), learning_accuracy=None) for s in (0, 1, 2)]
+    found = frontier({**made(), ("joint", None): joint})
+    (row,) = [row for row in found.rows if row.point.method == "joint"]
+    assert row.reaches is None
+    assert "| joint | - |" in markdown(found)
 
 
 def test_strengths_are_chosen_on_the_selection_seeds_and_reported_on_the_others() -> None:

@@ -210,6 +210,14 @@ def test_unfinished_runs_and_doubts_are_named(tmp_path: Path) -> None:
     assert only.tables["Mean over seeds"][1][1] == "1"
 
 
+def test_unequal_seeds_are_said(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b", method="finetune", seed=3)
+    assert doubts(by_method(read_finished([one, two]))) == [
+        "the methods ran with different seeds (nostalgia 0; finetune 3): each mean is over its own"
+    ]
+    assert doubts(by_method(read_finished([one, write_run(tmp_path / "c", method="finetune")]))) == []
+
+
 def test_different_tasks_are_said_and_not_drawn_together(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="finetune", tasks=["x", "y", "z"])]
     page = read_page(write_report(runs, tmp_path / "page.html"))

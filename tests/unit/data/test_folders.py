@@ -52,6 +52,9 @@ def test_hidden_files_other_files_and_subfolders(tmp_path: Path) -> None:
     (folder / "train" / "apple" / ".hidden.png").write_bytes(b"x")
     (folder / "train" / "apple" / "notes.txt").write_text("x")
     (folder / "train" / ".git").mkdir()
+    for around in (folder, folder / "train"):
+        (around / "__MACOSX" / "apple").mkdir(parents=True)
+        (around / "__MACOSX" / "apple" / "._0.png").write_bytes(b"x")
     write_class(folder / "train" / "apple" / "more", 0, 2, suffix=".JPG")
     assert load_source(str(folder)).train.labels.bincount().tolist() == [8, 6, 6]
 
