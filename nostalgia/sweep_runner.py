@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,13 +76,21 @@ def run_command(job: Job) -> list[str]:
     return ["bash", str(launch_folder() / "ddp.sh"), *job.words]
 
 
+def run_environment(run_dir: Path | str, added: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a run: this process's, in which `python` is this interpreter even where nothing activated it."""
+    path, own = os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)
+    if own not in path.split(os.pathsep):
+        path = os.pathsep.join([own, path])
+    return {**os.environ, "PATH": path, **added, "RUN_DIR": str(run_dir)}
+
+
 def start_here(job: Job, environment: Mapping[str, str]) -> Started:
     """Start the run as a process of this machine, its output in the job's log."""
     with job.log.open("ab") as log:
         # A session of its own: the terminal's Ctrl-C comes to us, and from us to the runs.
         return subprocess.Popen(
             run_command(job),
-            env={**os.environ, **environment, "RUN_DIR": str(job.folder)},
+            env=run_environment(job.folder, environment),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -238,8 +247,10 @@ def _place(log: Path) -> str:
 
 
 def _reason(log: Path) -> str:
-    lines = [line.removeprefix("error: ") for line in _tail(log) if line.startswith("error: ")]
-    return lines[-1] if lines else "no reason given"
+    """Its error's line, else the last that it printed: that of a traceback, or of a shell."""
+    lines = [line for line in _tail(log) if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no reason given"])[-1]
 
 
 def _tail(log: Path, size: int = 20_000) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nostalgia.errors import UsageError
-from nostalgia.sweep_runner import Job, Started, run_command
+from nostalgia.sweep_runner import Job, Started, run_command, run_environment
 
 #: submitit's parameters of any cluster; others are Slurm's own (partition, account, qos, constraint, ...).
 GENERAL = ("name", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "timeout_min", "cluster")
@@ -76,7 +76,7 @@ class Run:
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
                 self.command,
-                env={**os.environ, "RUN_DIR": self.run_dir},
+                env=run_environment(self.run_dir, {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

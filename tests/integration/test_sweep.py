@@ -18,7 +18,7 @@ from nostalgia import sweep as command
 from nostalgia.config import parse, save
 from nostalgia.errors import UsageError
 from nostalgia.experiment.method_choice import complete_method
-from nostalgia.sweep_runner import Job, Sweep, gpu_slots
+from nostalgia.sweep_runner import Job, Sweep, gpu_slots, run_environment
 from tests.distributed.harness import ROOT, cpu_environment
 from tests.integration.stubs import torchrun
 from tests.unit.analysis.folders import write_run
@@ -165,6 +165,22 @@ def test_what_changes_no_number_of_a_finished_run_is_not_another_setting(tmp_pat
     free = ("train.guard_every_n_steps=7", "experiment.export=false", "logger.report=false", "train.keep_checkpoints=5")
     assert changed("experiment.name=other", *free) == []
     assert changed("dataset.batch_size=7", "train.lr=1") == ["dataset.batch_size", "train.lr"]
+
+
+def test_runs_are_of_the_interpreter_that_the_sweep_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.defpath)  # no environment is activated
+    found = run_environment("there", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert (found["RUN_DIR"], found["CUDA_VISIBLE_DEVICES"]) == ("there", "1")
+    asked = subprocess.run(
+        ["bash", "-c", "python -c 'import sys; print(sys.prefix)'"],
+        env=found,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert asked.stdout.strip() == sys.prefix
+    monkeypatch.setenv("PATH", os.pathsep.join(["/first", str(Path(sys.executable).parent)]))
+    assert run_environment("there", {})["PATH"] == os.environ["PATH"]  # an order of the user's stays
 
 
 def test_gpus_are_shared_out() -> None:
