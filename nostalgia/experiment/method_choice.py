@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nostalgia.config.aliases import EVERY_METHOD
-from nostalgia.config.schema import Config
+from nostalgia.config.schema import Config, LoraConfig, ModelConfig
 from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.errors import UsageError
 from nostalgia.experiment.task_data import task_specs
@@ -43,14 +43,29 @@ def complete_method(config: Config) -> list[str]:
             f"model.lora.merge=task with method={name}{tail}: it holds parameters to what they were, and adapters begun anew "
             "are others; use model.lora.merge=never"
         )
+    unused = _unused_lora(config.model)
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
     config.model.lora.merge = "task" if merges_adapters(config, method) else "never"
-    unused = [
+    unused += [
         f"methods.{owner} is of no method here, its options have no effect{nearest(owner, [kind.name, *BUILT_IN])}"
         for owner in strange
     ]
     return [*unused, *([] if name in BUILT_IN else [hooks_note(name)])]
+
+
+def _unused_lora(model: ModelConfig) -> list[str]:
+    """A note where adapters are set up and not used; `never` is what a configuration that was completed has."""
+    if model.use_lora:
+        return []
+    plain = LoraConfig(merge="never" if model.lora.merge == "never" else "auto")
+    names = [
+        f"model.lora.{item.name}"
+        for item in fields(plain)
+        if getattr(model.lora, item.name) != getattr(plain, item.name)
+    ]
+    have = "has" if len(names) == 1 else "have"
+    return [f"{', '.join(names)} {have} no effect without model.use_lora=true"] if names else []
 
 
 def chosen_method(config: Config) -> Method:

@@ -140,3 +140,11 @@ def test_folders_mean_the_same_in_another_working_folder(tmp_path: Path, monkeyp
     absolute_paths(config)
     assert config.dataset.root == str(tmp_path / "here")
     assert config.dataset.entries == {"mine": {"path": str(tmp_path / "own")}, "hub": {"hub_id": "a/b"}}
+
+
+def test_options_of_adapters_that_are_not_used_are_noted() -> None:
+    unused = parse(["--suite", "demo", "model.lora.r=4", "model.lora.merge=task"]).config
+    assert complete_method(unused) == ["model.lora.r, model.lora.merge have no effect without model.use_lora=true"]
+    assert complete_method(unused) == ["model.lora.r has no effect without model.use_lora=true"]  # as its run's folder has it
+    assert complete_method(parse(["--suite", "demo"]).config) == []
+    assert complete_method(parse(["dataset=digits", "model=vit", "model.lora.r=4"]).config) == []
