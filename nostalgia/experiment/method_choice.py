@@ -55,17 +55,13 @@ def complete_method(config: Config) -> list[str]:
 
 
 def _unused_lora(model: ModelConfig) -> list[str]:
-    """A note where adapters are set up and not used; `never` is what a configuration that was completed has."""
-    if model.use_lora:
+    """A note where adapters are described and not used; their merging is refused then."""
+    plain, given = LoraConfig(), model.lora
+    names = [item.name for item in fields(plain) if item.name != "merge"]
+    unused = [f"model.lora.{name}" for name in names if getattr(given, name) != getattr(plain, name)]
+    if model.use_lora or not unused:
         return []
-    plain = LoraConfig(merge="never" if model.lora.merge == "never" else "auto")
-    names = [
-        f"model.lora.{item.name}"
-        for item in fields(plain)
-        if getattr(model.lora, item.name) != getattr(plain, item.name)
-    ]
-    have = "has" if len(names) == 1 else "have"
-    return [f"{', '.join(names)} {have} no effect without model.use_lora=true"] if names else []
+    return [f"without model.use_lora=true of no effect: {', '.join(unused)}"]
 
 
 def chosen_method(config: Config) -> Method:

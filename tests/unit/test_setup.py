@@ -143,8 +143,8 @@ def test_folders_mean_the_same_in_another_working_folder(tmp_path: Path, monkeyp
 
 
 def test_options_of_adapters_that_are_not_used_are_noted() -> None:
-    unused = parse(["--suite", "demo", "model.lora.r=4", "model.lora.merge=task"]).config
-    assert complete_method(unused) == ["model.lora.r, model.lora.merge have no effect without model.use_lora=true"]
-    assert complete_method(unused) == ["model.lora.r has no effect without model.use_lora=true"]  # as its run's folder has it
+    unused = parse(["--suite", "demo", "model.lora.r=4", "model.lora.dropout=0"]).config
+    for _ in range(2):  # the second time as the run's folder has it
+        assert complete_method(unused) == ["without model.use_lora=true of no effect: model.lora.r, model.lora.dropout"]
     assert complete_method(parse(["--suite", "demo"]).config) == []
     assert complete_method(parse(["dataset=digits", "model=vit", "model.lora.r=4"]).config) == []
