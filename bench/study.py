@@ -55,7 +55,7 @@ Candidate = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: a method, words of all its runs, and the values searched of its options and of train.lr."""
+    """A row of the table: a method, words of all its runs, and the values searched of its options and of train's."""
 
     method: str
     words: tuple[str, ...] = ()
@@ -116,6 +116,7 @@ RATED = {
     "nostalgia, own rate": Arm("nostalgia", (FRESH,), {"tail_strength": (10,), "lr": RATES}),
     "nostalgia, own rate and strength": Arm("nostalgia", (FRESH,), {"tail_strength": (1, 3, 10), "lr": (2e-3,)}),
     "lwf, fresh, own rate": Arm("lwf", (FRESH,), {"strength": (1,), "lr": RATES}),
+    "finetune, fresh, 2e-3": Arm("finetune", (FRESH,), {"lr": (2e-3,)}),
     "heads_only, own rate": Arm("heads_only", (SAME,), {"lr": RATES}),
     "nostalgia, path": Arm("nostalgia", (FRESH, "method.path=auto"), {"tail_strength": (3,), "lr": (2e-3,)}),
     # At the rate that was best for each of the above, the strengths beside the one that 1e-3 chose.
@@ -125,6 +126,18 @@ RATED = {
     "l2sp, 2e-3": Arm("l2sp", (SAME,), {"strength": (0.001, 0.01, 0.1), "lr": (2e-3,)}),
     "agem, 2e-3": Arm("agem", (SAME,), {"budget_bytes": (10_000_000,), "lr": (2e-3,)}),
 }
+
+# What the number of samples, the draws, the length of training and the optimizer change.
+BASE = {"strength": (3,), "lr": (2e-3,)}
+SETTINGS = {
+    "kronecker, samples": Arm("kronecker", (FRESH,), {**BASE, "num_samples": (64, 256, 1024)}),
+    "kronecker, draws": Arm("kronecker", (FRESH,), {**BASE, "draws": (1, 16)}),
+    "finetune, length": Arm("finetune", (SAME,), {"lr": (2e-3,), "epochs": (1, 9)}),
+    "kronecker, length": Arm("kronecker", (FRESH,), {**BASE, "epochs": (1, 9)}),
+    "finetune, SGD": Arm("finetune", (SAME, "train.optimizer=sgd"), {"lr": (0.03, 0.1, 0.3)}),
+    "kronecker, SGD": Arm("kronecker", (FRESH, "train.optimizer=sgd"), {"strength": (3,), "lr": (0.03, 0.1, 0.3)}),
+}
+OF_TRAINING = ("lr", "epochs")  # options of a grid that are not the method's
 
 
 def streams(glyphs: Path) -> dict[str, tuple[str, ...]]:
@@ -156,7 +169,7 @@ class Study:
         self.streams = streams(options.glyphs.resolve())
         model = (f"model={options.model}", f"model.model_id={options.weights.resolve()}")
         self.words, self.last = ("--quiet", *model, *TRAINING), tuple(words)
-        known = {**ARMS, **WHOLE_ARMS, **VARIANTS, **RATED}
+        known = {**ARMS, **WHOLE_ARMS, **VARIANTS, **RATED, **SETTINGS}
         self.arms = {name: known[name] for name in options.arms.split(";")}
         wanted = options.streams.split(";") if options.streams else list(self.streams)
         if odd := set(wanted) - set(self.streams):
@@ -169,7 +182,8 @@ class Study:
     def job(self, stream: str, name: str, candidate: Candidate, seed: int) -> Job:
         arm = self.arms[name]
         words = [*self.words, *self.streams[stream], f"method={arm.method}", *arm.words, f"experiment.seed={seed}"]
-        words += [f"{'train' if key == 'lr' else 'method'}.{key}={value:.12g}" for key, value in candidate.items()]
+        sections = {key: "train" if key in OF_TRAINING else "method" for key in candidate}
+        words += [f"{sections[key]}.{key}={value:.12g}" for key, value in candidate.items()]
         words += self.last
         label = f"{name} {shown(candidate)}".strip()
         folder = self.options.out / f"{stream}/{label}/seed{seed}".replace(" ", "_").replace(",", "")
