@@ -129,7 +129,8 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
 
 
 def _strength_text(strength: float) -> str:
-    return f"{strength:.0f}" if strength == int(strength) else f"{strength:.12g}"  # 1e+06 is no whole number of bytes
+    whole = strength == int(strength) and abs(strength) < 1e15
+    return f"{strength:.0f}" if whole else f"{strength:.12g}"  # 1e+06 is no whole number of bytes
 
 
 def _strengths(method: str, wanted: Strengths) -> Sequence[float | None]:
@@ -250,6 +251,8 @@ def read_options(arguments: list[str]) -> Options:
             raise UsageError(f"{name} {getattr(flags, name[2:])}: name at least one, and each once")
     if flags.parallel is not None and flags.parallel < 1:
         raise UsageError(f"--parallel {flags.parallel}: allowed is 1 or more")
+    if flags.budget_minutes is not None and not flags.budget_minutes >= 0:
+        raise UsageError(f"--budget-minutes {flags.budget_minutes:g}: allowed is 0 or more")
     try:
         select = [int(seed) for seed in (flags.select_seeds or "").split(",") if seed]
         strengths = _read_strengths(flags.strengths, methods)

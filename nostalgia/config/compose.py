@@ -148,6 +148,13 @@ def _own_model(words: list[str], compose: Callable[[list[str]], Any]) -> Any:
             with open_dict(model.config):
                 for key in set(file.config) - {name.removeprefix("model.config.") for name in given}:
                     model.config.pop(key)
+    described = model.framework == "torchvision" or "model_type" in model.config
+    if "model.model_id" in given and model.model_id is not None and not model.pretrained and described:
+        how = "model.arch" if model.framework == "torchvision" else "model.config.model_type"
+        raise UsageError(
+            f"model.model_id={model.model_id} would not be read: with model.pretrained=false {how} describes the network; "
+            "leave one of them out, or choose a pretrained one with it (model=vit, model=resnet50)"
+        )
     if given & {"model.arch", "model.model_id"} and "model.name" not in given:
         network = model.arch or model.model_id
         model.name = Path(network).name if network else model.name
@@ -190,6 +197,9 @@ def _apply_method_words(composed: Any, overrides: list[Override]) -> None:
     """
     method: dict[str, Any] = OmegaConf.to_container(composed["method"], resolve=True)  # type: ignore[assignment]
     methods: dict[str, Any] = OmegaConf.to_container(composed["methods"], resolve=True)  # type: ignore[assignment]
+    for owner, values in methods.items():
+        if not isinstance(values, dict):
+            raise UsageError(f"methods.{owner}={values}: allowed are options by name, methods.{owner}.OPTION=VALUE")
     given: dict[str, Any] = {}
     for override in overrides:
         group, _, rest = override.key_or_group.partition(".")
@@ -214,7 +224,12 @@ def _saved(path: Path, words: list[str]) -> Any:
     if any(word.split("=")[0].lstrip("+") in GROUPS for word in words):
         raise UsageError("--config FILE is a complete configuration: override values (train.lr=1e-3), not groups")
     try:
-        loaded = OmegaConf.create(translate_saved(OmegaConf.to_container(load_saved(path))))  # type: ignore[arg-type]
+        values: Any = OmegaConf.to_container(load_saved(path))
+        if not isinstance(values, dict) or not all(
+            isinstance(section, (dict, type(None))) for section in values.values()
+        ):
+            raise UsageError(f"--config {path}: not sections with values; give a config.yaml that a run has written")
+        loaded = OmegaConf.create(translate_saved(values))
         missing = [key for key in Config.__dataclass_fields__ if key not in loaded and key != "methods"]
         if missing:
             raise UsageError(f"{path}: no section {missing[0]!r}; give a config.yaml that a run has written")
@@ -273,6 +288,8 @@ def _one_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised while composing config:"):  # Hydra's; what is wrong comes after it
+        lines = [f"{lines[0].split(':')[0]}: {lines[1]}", *lines[2:]]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     text = re.sub(r"\s+", " ", lines[0]) if lines else type(error).__name__
     return f"{key}: {text}" if key and key not in text else text

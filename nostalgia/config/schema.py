@@ -209,7 +209,7 @@ class AnalysisConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: int = option(50, low=1)
+    epochs: int = option(50, low=1, high=1_000_000)
     epochs_per_task: list[int] | None = option(None, low=1)
     optimizer: str = option(
         "adamw",

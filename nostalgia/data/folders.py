@@ -172,6 +172,10 @@ def _images_below(folder: str, above: dict[Identity, str], seen: set[Identity], 
         if _is_folder(entry):
             yield from _images_below(entry.path, {**above, identity: folder}, seen, left)
         elif _is_image(entry):
+            if entry.is_symlink() and not os.path.exists(entry.path):  # found when it is read, hours later
+                raise NotFoundError(
+                    f"{entry.path}: a symbolic link to {os.readlink(entry.path)}, which is not there; remove it"
+                )
             yield entry.path
 
 

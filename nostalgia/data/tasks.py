@@ -177,7 +177,9 @@ def _spec(index: int, entry: Any) -> TaskSpec:
     classes, transform = entry.get("classes"), entry.get("transform") or []
     if classes is not None and (not isinstance(classes, list) or not classes):
         raise UsageError(f"{where}: classes={classes}; allowed is a list of class indices or names")
-    transform = [transform] if isinstance(transform, str) else list(transform)
+    transform = [transform] if isinstance(transform, str) else transform
+    if not isinstance(transform, list) or not all(isinstance(one, str) for one in transform):
+        raise UsageError(f"{where}: transform={transform}; allowed is the name of a shift, or a list of names")
     check_shifts(transform)
     head = entry.get("head")
     if head is not None and not isinstance(head, str):

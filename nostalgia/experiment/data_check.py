@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nostalgia.analysis.run_folder import DATA
 from nostalgia.config import Config
+from nostalgia.data.catalog import CATALOG
 from nostalgia.data.fingerprint import difference, fingerprint, names_of
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError
@@ -47,25 +48,31 @@ def check_data(folder: Path, tasks: Sequence[Task], remedy: str) -> None:
 def absolute_paths(config: Config) -> None:
     """Resolve the folders that a configuration names, so that it means the same in another working folder."""
     config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
-    config.dataset.name = _absolute(config.dataset.name)
+    entries = config.dataset.entries
+    config.dataset.name = _absolute_data(config.dataset.name, entries)
     if config.experiment.class_order is not None:
         config.experiment.class_order = str(Path(config.experiment.class_order).expanduser().absolute())
     if config.model.model_id is not None:
         config.model.model_id = _absolute(config.model.model_id)
     for i, task in enumerate(config.experiment.tasks or []):
         if isinstance(task, str):
-            config.experiment.tasks[i] = _absolute(task)  # type: ignore[index]
+            config.experiment.tasks[i] = _absolute_data(task, entries)  # type: ignore[index]
         elif isinstance(task, dict) and isinstance(task.get("dataset"), str):
-            task["dataset"] = _absolute(task["dataset"])
+            task["dataset"] = _absolute_data(task["dataset"], entries)
     for entry in config.dataset.entries.values():
         if isinstance(entry, dict) and isinstance(entry.get("path"), str):
             entry["path"] = str(Path(entry["path"]).expanduser().absolute())
 
 
+def _absolute_data(name: str, entries: Mapping[str, Any]) -> str:
+    """A folder that is no data set's name, as an absolute path."""
+    return name if name in entries or name in CATALOG else _absolute(name)
+
+
 def _absolute(name: str) -> str:
     """A name that leads to something here, as an absolute path; any other as it is."""
     path = Path(name).expanduser()
-    leads = ("/" in name or name.startswith((".", "~"))) and path.exists()
+    leads = path.is_dir() or (("/" in name or name.startswith((".", "~"))) and path.exists())
     return str(path.absolute()) if leads else name
 
 

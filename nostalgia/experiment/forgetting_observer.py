@@ -12,7 +12,7 @@ from nostalgia.curvature.forgetting import Expansion, ForgettingPrediction
 from nostalgia.curvature.kronecker import KroneckerFactors
 from nostalgia.curvature.operators import BatchedOperator
 from nostalgia.data.tasks import Task
-from nostalgia.errors import RunFailedError
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.experiment.components import Components
 from nostalgia.experiment.saved_curvature import SavedBlocks, SavedFactors
 from nostalgia.experiment.task_losses import TaskLosses
@@ -33,6 +33,9 @@ class ForgettingObserver:
         self, run: Components, folder: Path, warn: Callable[[str], None], bases: SavedBlocks, factors: SavedFactors
     ) -> None:
         self.run, self.folder, self.warn = run, folder, warn
+        k, size = run.config.analysis.top_k, run.space.size
+        if run.config.analysis.predict_forgetting == "true" and k > size:
+            raise UsageError(f"analysis.top_k={k}: allowed is 1 to {size}, the number of parameters in scope")
         self.losses = TaskLosses(run)
         space = self.losses.space
         self.methods_factors = factors

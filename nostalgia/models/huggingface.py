@@ -72,9 +72,20 @@ def build(
     if image_size is not None and "image_size" not in config and hasattr(settings, "image_size"):
         settings.image_size = image_size if isinstance(settings.image_size, int) else [image_size] * 2
     with seeded(seed), hub.quiet():
-        model = AutoModel.from_config(settings, trust_remote_code=False, **_options(settings))
+        model = _from_config(settings)
     made = Preparation(Resizing(image_size or native_size(settings) or 224), mean, std)
     return _backbone(model.float(), settings, made, source)
+
+
+def _from_config(settings: PreTrainedConfig) -> nn.Module:
+    try:
+        model: nn.Module = AutoModel.from_config(settings, trust_remote_code=False, **_options(settings))
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(
+            f"model.config is not valid for {settings.model_type}: its network cannot be made ({reason})"
+        ) from error
+    return model
 
 
 def _pretrained(model_id: str, config: Mapping[str, Any], image_size: int | None, download: bool) -> Backbone:

@@ -113,6 +113,7 @@ def test_a_signal_ends_a_sweep_with_checkpoints(tmp_path: Path) -> None:
         (["--methods", "ewc", "--strengths", "inf"], "finite numbers"),
         (["--methods", "ewc", "--strengths", "nan"], "finite numbers"),
         (["train.epoch=3"], "did you mean train.epochs"),
+        (["--budget-minutes", "nan"], "--budget-minutes nan: allowed is 0 or more"),
     ],
 )
 def test_wrong_usage_runs_nothing(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NostalgiaError, UsageError
 from nostalgia.experiment.components import build_components
 from nostalgia.experiment.data_check import absolute_paths
+from nostalgia.experiment.forgetting_observer import ForgettingObserver
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.experiment.task_data import load_tasks, task_loader
 from nostalgia.methods.loading import make_method
@@ -136,8 +140,15 @@ def test_a_batch_norm_with_one_value_per_channel_is_refused_before_training() ->
 
 def test_folders_mean_the_same_in_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = parse(["dataset.root=here", "dataset.entries.mine.path=own", "dataset.entries.hub.hub_id=a/b"]).config
+    for name in ("plain", "digits", "net"):
+        (tmp_path / name).mkdir()
+    tasks = "experiment.tasks=[plain,digits,{dataset: plain},nowhere]"
+    words = ["dataset.root=here", "dataset.entries.mine.path=own", "dataset.entries.hub.hub_id=a/b", tasks]
+    config = parse([*words, "model=vit", "model.model_id=net"]).config
     absolute_paths(config)
+    plain = str(tmp_path / "plain")
+    assert config.experiment.tasks == [plain, "digits", {"dataset": plain}, "nowhere"]  # digits is a data set's name
+    assert config.model.model_id == str(tmp_path / "net")
     assert config.dataset.root == str(tmp_path / "here")
     assert config.dataset.entries == {"mine": {"path": str(tmp_path / "own")}, "hub": {"hub_id": "a/b"}}
 
@@ -148,3 +159,10 @@ def test_options_of_adapters_that_are_not_used_are_noted() -> None:
         assert complete_method(unused) == ["without model.use_lora=true of no effect: model.lora.r, model.lora.dropout"]
     assert complete_method(parse(["--suite", "demo"]).config) == []
     assert complete_method(parse(["dataset=digits", "model=vit", "model.lora.r=4"]).config) == []
+
+
+def test_more_directions_to_predict_with_than_parameters_are_refused_before_training(tmp_path: Path) -> None:
+    config = parse(["--suite", "demo", "analysis.predict_forgetting=true", "analysis.top_k=6"]).config
+    run: Any = SimpleNamespace(config=config, space=SimpleNamespace(size=5))
+    with pytest.raises(UsageError, match=r"analysis.top_k=6: allowed is 1 to 5"):
+        ForgettingObserver(run, tmp_path, print, Mock(), Mock())

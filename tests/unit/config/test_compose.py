@@ -73,11 +73,40 @@ def test_defaults_are_the_documented_ones() -> None:
         (["model=~/mine"], "model.model_id=NAME"),
         (["train.epochs"], "KEY=VALUE"),
         (["--config", "nowhere.yaml"], "no such file"),
+        (["train.epochs=99999999999999999999"], "up to 1e+06"),
+        (
+            ["--suite", "demo", "model.model_id=owner/net"],
+            "would not be read: with model.pretrained=false model.config.model_type",
+        ),
+        (
+            ["model=resnet18", "model.pretrained=false", "model.model_id=w.pt"],
+            "would not be read: with model.pretrained=false model.arch",
+        ),
     ],
 )
 def test_refusals_are_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--suite", "methods: {nostalgia: 3}", "methods.nostalgia=3: allowed are options by name"),
+        ("--suite", "train: 3", "Merge error: int is not a subclass of TrainConfig"),
+        ("--suite", "train: {epochz: 3}", "train.epochz: In 'suite/own__file': Key 'epochz' not in 'TrainConfig'"),
+        ("--config", "[1, 2]", "not sections with values"),
+        ("--config", "train: 3", "not sections with values"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_in_a_line_that_says_why(
+    flag: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse([flag, str(tmp_path / "file.yaml")])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -86,6 +86,13 @@ def test_a_link_that_leads_back_up_is_refused(tmp_path: Path, target: str) -> No
     assert "a symbolic link back to" in message
 
 
+def test_a_link_to_an_image_that_is_gone_is_refused(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "mine", CLASSES)
+    (folder / "train" / "apple" / "gone.png").symlink_to("/nowhere/gone.png")
+    with pytest.raises(NotFoundError, match=r"gone.png: a symbolic link to /nowhere/gone.png, which is not there"):
+        load_source(str(folder))
+
+
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "mine", CLASSES, val=0)
     (folder / "bee" / "self").symlink_to("self")

@@ -117,6 +117,8 @@ def test_more_parts_than_classes() -> None:
         ([{"dataset": "digits", "classes": 3}], "allowed is a list"),
         ([{"dataset": "digits", "classes": []}], "allowed is a list"),
         ([{"dataset": "digits", "transform": "invrt"}], "did you mean invert"),
+        ([{"dataset": "digits", "transform": 3}], "transform=3; allowed is the name of a shift, or a list"),
+        ([{"dataset": "digits", "transform": {"invert": 1}}], "allowed is the name of a shift, or a list"),
     ],
 )
 def test_malformed_lists(tasks: list, words: str) -> None:

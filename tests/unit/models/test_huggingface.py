@@ -323,3 +323,12 @@ def test_freezing_for_a_while_gives_back_what_was_trainable_before():
 def test_a_network_of_grey_images_is_refused_for_what_it_is():
     with pytest.raises(UsageError, match="takes images of 1 channels; allowed are networks of 3"):
         scratch("vit", num_channels=1)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"hidden_act": "foo"}, {"num_attention_heads": 0}, {"hidden_size": -4}, {"patch_size": 0}]
+)
+def test_settings_that_make_no_network_are_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"model.config is not valid for (model_type=)?vit") as caught:
+        build_backbone(framework="hf", pretrained=False, config={"model_type": "vit", **CONFIGS["vit"], **setting})
+    assert "\n" not in str(caught.value)
