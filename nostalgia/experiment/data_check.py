@@ -72,8 +72,7 @@ def _absolute_data(name: str, entries: Mapping[str, Any]) -> str:
 def _absolute(name: str) -> str:
     """A name that leads to something here, as an absolute path; any other as it is."""
     path = Path(name).expanduser()
-    leads = path.is_dir() or (("/" in name or name.startswith((".", "~"))) and path.exists())
-    return str(path.absolute()) if leads else name
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def _splits(task: Task) -> dict[str, Any]:

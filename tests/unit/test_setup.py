@@ -149,6 +149,10 @@ def test_folders_mean_the_same_in_another_working_folder(tmp_path: Path, monkeyp
     plain = str(tmp_path / "plain")
     assert config.experiment.tasks == [plain, "digits", {"dataset": plain}, "nowhere"]  # digits is a data set's name
     assert config.model.model_id == str(tmp_path / "net")
+    (tmp_path / "w.pt").touch()
+    config.model.model_id = "w.pt"
+    absolute_paths(config)
+    assert config.model.model_id == str(tmp_path / "w.pt")
     assert config.dataset.root == str(tmp_path / "here")
     assert config.dataset.entries == {"mine": {"path": str(tmp_path / "own")}, "hub": {"hub_id": "a/b"}}
 
