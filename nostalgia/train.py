@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nostalgia.errors import NostalgiaError, RunFailedError
+from nostalgia.parallel.exit_code import already_ended, leave, leave_on_interrupt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,14 +27,15 @@ def main(
 
     Another command gives its own ``parse``, of a request with ``config``, and ``run``.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from nostalgia import config
-    from nostalgia.config.checks import check_launch
-    from nostalgia.parallel.exit_code import already_ended, leave
-
     if already_ended():
         return 0
     watch: FailureWatch | None = None
+    if argv is None:
+        leave_on_interrupt(lambda: _stop(watch, 130, "interrupted"))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from nostalgia import config
+    from nostalgia.config.checks import check_launch
+
     try:
         request = (parse or config.parse)(sys.argv[1:] if argv is None else argv)
         # Seconds to import: a refused command line, and --help, need not wait for them.
@@ -62,15 +64,11 @@ def main(
         leave(error.exit_code)
     except Exception as error:
         _stop_on(error, watch)
-    except KeyboardInterrupt:
-        _stop(watch, 130, "interrupted")
-        leave(130)
     return 1
 
 
 def _stop_on(error: Exception, watch: FailureWatch | None) -> None:
     """End with the line and the exit code of an error that is none of `nostalgia.errors`."""
-    from nostalgia.parallel.exit_code import leave
     from nostalgia.utils.tracebacks import own_frame
 
     other = watch.other() if watch is not None and not isinstance(error, OSError) else None

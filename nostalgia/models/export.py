@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +51,8 @@ def export(
       ``README.md``.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = _aside(folder, "tmp")
+    partial.mkdir(parents=True)
     try:
         files = _write(partial, backbone, heads, tasks, model_id, norm_statistics or {})
         card = model_card(
@@ -70,7 +69,6 @@ def export(
             library="transformers" if backbone.framework == "hf" else None,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.chmod(0o755)
         _replace(partial, folder)
     except SafetensorError as error:  # the library's own name for a full disk
         raise OSError(f"{folder}: {error}") from None
@@ -163,13 +161,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _replace(partial: Path, folder: Path) -> None:
     """Move ``partial`` to ``folder``; what is there goes only once the new one can take its place."""
-    if not folder.exists():
-        os.replace(partial, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.replace(folder, old / folder.name)
+    old = _aside(folder, "old")
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(partial, folder)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path, end: str) -> Path:
+    """A name beside ``folder`` that is free: what a process that was killed left there is removed."""
+    path = folder.with_name(f".{folder.name}.{end}")
+    shutil.rmtree(path, ignore_errors=True)
+    return path
 
 
 def _normalisation(backbone: Backbone) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Callable
 
 
 def already_ended() -> bool:
@@ -39,3 +41,18 @@ def leave(exit_code: int, *, stuck: bool = False) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed by its reader: nothing could be shown any more
             stream.flush()
     os._exit(exit_code)
+
+
+def leave_on_interrupt(tell: Callable[[], None]) -> None:
+    """From here on Ctrl-C ends this process with 130, after ``tell``; what it forks, loaders' workers, without a word.
+
+    Not by KeyboardInterrupt, which in the middle of an import comes out as an error of that module's own.
+    """
+    process = os.getpid()
+
+    def interrupted(*_: object) -> None:
+        if os.getpid() == process:
+            tell()
+        leave(130)
+
+    signal.signal(signal.SIGINT, interrupted)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nostalgia.errors import NostalgiaError, UsageError
+from nostalgia.parallel.exit_code import leave_on_interrupt
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -54,7 +55,9 @@ class _RunFolders(argparse.Action):
 
 
 def ended(command: Callable[[list[str]], int | None], arguments: Sequence[str] | None) -> int:
-    """Exit code of ``command`` with ``arguments`` (None: the program's own); an error of ours is one line on stderr."""
+    """Exit code of ``command`` with ``arguments`` (None: the program's own); an error of ours or Ctrl-C is a line on stderr."""
+    if arguments is None:
+        leave_on_interrupt(lambda: print("interrupted", file=sys.stderr))
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments)) or 0
     except NostalgiaError as error:

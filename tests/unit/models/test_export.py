@@ -169,6 +169,8 @@ def test_escaping():
 def test_an_export_takes_the_place_of_one_that_is_there_and_leaves_nothing_else(tmp_path):
     folder, _ = write(tmp_path / "export", scratch("vit"))
     (folder / "stale").write_text("")
+    for left in (".export.tmp", ".export.old"):  # by a process that was killed
+        (tmp_path / left / "backbone").mkdir(parents=True)
     write(tmp_path / "export", scratch("vit", seed=1))
     assert not (folder / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
