@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nostalgia.errors import NostalgiaError, RunFailedError
-from nostalgia.parallel.exit_code import already_ended, leave, leave_on_interrupt
+from nostalgia.utils.exit_code import already_ended, leave, leave_on_interrupt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from nostalgia.parallel.exit_code import leave
 from nostalgia.parallel.heartbeat import Heartbeats, launcher_holds_store
+from nostalgia.utils.exit_code import leave
 
 KEY = "nostalgia/failure"
 POLL_SECONDS = 0.5

@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from nostalgia.parallel.exit_code import leave
+from nostalgia.utils.exit_code import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nostalgia.errors import NostalgiaError, UsageError
-from nostalgia.parallel.exit_code import leave_on_interrupt
+from nostalgia.utils.exit_code import leave_on_interrupt
 
 
 class CommandParser(argparse.ArgumentParser):

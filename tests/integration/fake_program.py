@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from nostalgia.parallel.exit_code import already_ended, leave
+from nostalgia.utils.exit_code import already_ended, leave
 
 KEPT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RESTART_COUNT")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nostalgia.parallel.exit_code import already_ended
 from nostalgia.parallel.heartbeat import ROUNDS, Beat, Heartbeats
+from nostalgia.utils.exit_code import already_ended
 
 
 def watcher(rank: int = 0, world_size: int = 3, bound: float = 12.0) -> Heartbeats:
