@@ -13,9 +13,11 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 def choose_columns(rows: Any, hub: Hub, where: str) -> tuple[str, str]:
     """The image and the label column: as configured, or the only ones that can be meant. Raises UsageError."""
     features = rows.features
-    for wanted in (hub.image, hub.label):
+    for kind, wanted in (("image", hub.image), ("label", hub.label)):
         if wanted is not None and wanted not in features:
-            raise UsageError(f"{where}: no column {wanted!r}; it has {', '.join(features)}")
+            raise UsageError(
+                f"{where}: no column {wanted!r}; it has {', '.join(features)}: set {kind}_column in dataset.entries.<name>"
+            )
     images = [hub.image] if hub.image else [name for name, feature in features.items() if _is_image(feature)]
     labels = [hub.label] if hub.label else _label_columns(features)
     for kind, found in (("image", images), ("label", labels)):

@@ -288,7 +288,8 @@ def test_columns_that_do_not_say_enough(tmp_path: Path) -> None:
     assert len(source.train) == 9
     none = repository(tmp_path / "none", train=table(range(4), label="kind", labels=datasets.Value("int64")))
     assert "no label column" in refusal(none, UsageError)
-    assert "no column 'kinds'" in refusal(none, UsageError, label_column="kinds")
+    assert "no column 'kinds'; it has" in (told := refusal(none, UsageError, label_column="kinds"))
+    assert told.endswith(": set label_column in dataset.entries.<name>")
     assert "holds no images" in refusal(none, UsageError, label_column="kind", image_column="kind")
     assert "no split 'trian'; it has train" in refusal(none, NotFoundError, label_column="kind", train_split="trian")
 
