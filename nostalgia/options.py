@@ -107,15 +107,6 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def describe_options(kind: type[Any]) -> list[tuple[str, str, str]]:
-    """(name, default, help) of each field, for ``--help`` and documentation."""
-    rows = []
-    for item in fields(kind):
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        rows.append((item.name, "null" if default is None else str(default), item.metadata.get("help", "")))
-    return rows
-
-
 def _converted(hint: Any, value: Any, key: str) -> Any:
     """``value`` as the field's type wants it; only conversions that lose nothing."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

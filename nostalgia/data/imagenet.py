@@ -1,13 +1,11 @@
 """ImageNet's classes: the WordNet ids of ILSVRC 2012 in the order of their indices; those of -R and -A.
 
 ImageNet-R (arXiv 2006.16241) and ImageNet-A (arXiv 1907.07174) have 200 classes each, of which 86 are in
-both. Folders and label columns name a class by its WordNet id, which makes the mapping to ImageNet-1k
-certain: names repeat ("crane" is a bird and a machine), and an index counts within its own data set.
+both. Folders and label columns name a class by its WordNet id, which is certain: names repeat ("crane" is a
+bird and a machine), and an index counts within its own data set.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 _IDS = """
     01440764 01443537 01484850 01491361 01494475 01496331 01498041 01514668 01514859 01518878 01530575
@@ -128,19 +126,8 @@ _ADVERSARIAL = """
 WNIDS: tuple[str, ...] = tuple(f"n{number}" for number in _IDS.split())
 """WordNet id of each of ImageNet-1k's 1000 classes; sorted, as class folders are."""
 
-_INDEX = {wnid: index for index, wnid in enumerate(WNIDS)}
-
 SUBSETS: dict[str, tuple[str, ...]] = {
     "imagenet1k": WNIDS,
     "imagenet-r": tuple(WNIDS[int(i)] for i in _RENDITIONS.split()),
     "imagenet-a": tuple(WNIDS[int(i)] for i in _ADVERSARIAL.split()),
 }
-
-
-def imagenet_indices(classes: Sequence[str]) -> list[int] | None:
-    """Index in ImageNet-1k of each class, where all of them are WordNet ids of ImageNet-1k; else None.
-
-    ``logits[:, imagenet_indices(task.classes)]`` are an ImageNet-1k head's outputs for the classes of a task.
-    """
-    indices = [_INDEX.get(name, -1) for name in classes]
-    return indices if indices and min(indices) >= 0 else None

@@ -46,9 +46,6 @@ class Traffic:
     def since(self, earlier: Traffic) -> Traffic:
         return Traffic(self.large - earlier.large, self.small - earlier.small, self.bytes - earlier.bytes)
 
-    def reset(self) -> None:
-        self.large = self.small = self.bytes = 0
-
 
 class VectorSpace:
     """Vectors over named parameters; build one with `VectorSpace.of`.

@@ -6,7 +6,6 @@ decides (device, precision, time limit of a collective) comes in as plain values
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from dataclasses import dataclass
@@ -23,9 +22,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from nostalgia.errors import UsageError
@@ -154,19 +151,6 @@ def wrap_by_layer(accelerator: Accelerator, backbone: nn.Module) -> None:
     layers = _layer_classes(backbone)
     plugin.transformer_cls_names_to_wrap = layers
     plugin.auto_wrap_policy = plugin.auto_wrap_policy if layers else None
-
-
-def sharded_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A copy of ``model`` over all ranks as FSDP2 shards it for training, in its parameters' own precision.
-
-    Accelerate is not told of it: it would keep the copy, and count it among the models that it saves.
-    """
-    copied = copy.deepcopy(model)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in unsplit_layers(copied):
-        fully_shard(module, mesh=mesh)
-    fully_shard(copied, mesh=mesh)
-    return copied
 
 
 def _layer_classes(model: nn.Module) -> list[str]:

@@ -114,27 +114,30 @@ class KroneckerMemory:
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """R at ``parameters`` (0-dim), differentiable in them where they are plain tensors."""
-        changes = {}
-        for layer in self.layers.values():
-            if layer.scaling is None:
-                changes[layer.parameters[0]] = self._change(layer.parameters[0], parameters)
-        changes.update({name: self._change(name, parameters) for name in self.diagonal})
-        total = self._quadratic(changes)
+        whole_weights = [layer.parameters[0] for layer in self.layers.values() if layer.scaling is None]
+        total = self.quadratic({name: self._change(name, parameters) for name in [*whole_weights, *self.diagonal]})
         for layer in self.layers.values():
             if layer.scaling is not None:
                 _, (left, right) = self._adapter(layer, parameters)
                 total = total + layer.scaling**2 * adapter_form(layer.inputs, layer.outputs, left, right)
         return 0.5 * self.strength * total
 
-    def quadratic(self, d: Mapping[str, Tensor]) -> Tensor:
-        """sum tr(G D A D^T) (0-dim) of changes ``d`` of weights and other parameters, by name; an adapter's layer by its
-        layer's name, with D (o, i) the change of its weight."""
-        total = self._quadratic({name: change for name, change in d.items() if name not in self.layers})
-        for name, change in d.items():
-            if name in self.layers:
-                layer = self.layers[name]
+    def quadratic(self, changes: Mapping[str, Tensor]) -> Tensor:
+        """Sum over tasks of tr(G D A D^T) and d.diag.d (0-dim, float64) of changes D (o, i) of weights and d of others.
+
+        Changes are by parameter name; that of a weight with an adapter by the name of its layer.
+        """
+        layers = {
+            name if layer.scaling is not None else layer.parameters[0]: layer for name, layer in self.layers.items()
+        }
+        total = torch.zeros((), dtype=torch.float64)
+        for name, change in changes.items():
+            if name in layers:
                 flat = change.flatten(1)
-                total = total + ((layer.outputs @ flat @ layer.inputs) * flat).sum()
+                term = ((layers[name].outputs @ flat @ layers[name].inputs) * flat).sum()
+            else:
+                term = (self.diagonal[name] * change.square()).sum()
+            total = total.to(term.device) + term.double()
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,19 +204,6 @@ class KroneckerMemory:
             for source in (parameters, self.reference)
         )
         return (a, b), (torch.cat([b, -b0], dim=1), torch.cat([a, a0]))
-
-    def _quadratic(self, changes: Mapping[str, Tensor]) -> Tensor:
-        """Of weights and other parameters, by their own names."""
-        weights = {layer.parameters[0]: layer for layer in self.layers.values() if layer.scaling is None}
-        total = torch.zeros((), dtype=torch.float64)
-        for name, change in changes.items():
-            if name in weights:
-                flat = change.flatten(1)
-                term = ((weights[name].outputs @ flat @ weights[name].inputs) * flat).sum()
-            else:
-                term = (self.diagonal[name] * change.square()).sum()
-            total = total.to(term.device) + term.double()
-        return total
 
     def _merge(self) -> float:
         """Replace each layer's terms by one; returns the relative error over all layers."""

@@ -40,22 +40,29 @@ def remembered(
     return model, memory, taken, [reference]
 
 
+def weight_changes(factors: Any, reference: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every weight and other parameter since ``reference``; that of an adapted weight under its layer's name."""
+    changes = {name: now[name] - reference[name] for name in factors.diagonal}
+    for layer in factors.layers:
+        names = layer.parameters
+        if layer.scaling is None:
+            changes[names[0]] = now[names[0]] - reference[names[0]]
+        else:
+            products = (values[names[1]] @ values[names[0]] for values in (now, reference))
+            changes[layer.name] = layer.scaling * (next(products) - next(products))
+    return changes
+
+
 def dense_penalty(taken: list[Any], reference: dict[str, Tensor], now: dict[str, Tensor]) -> Tensor:
     """1/2 sum_t sum_l vec(D)^T (G (x) A) vec(D) and the diagonals', with every matrix written out."""
     total = torch.zeros((), dtype=torch.float64)
     for factors in taken:
+        changes = weight_changes(factors, reference, now)
         for layer in factors.layers:
-            names = layer.parameters
-            if layer.scaling is None:
-                change = (now[names[0]] - reference[names[0]]).flatten()
-            else:
-                change = (
-                    layer.scaling
-                    * (now[names[1]] @ now[names[0]] - reference[names[1]] @ reference[names[0]]).flatten()
-                )
+            change = changes[layer.parameters[0] if layer.scaling is None else layer.name].flatten()
             total = total + 0.5 * change @ torch.kron(layer.outputs, layer.inputs) @ change
         for name, diagonal in factors.diagonal.items():
-            total = total + 0.5 * (diagonal * (now[name] - reference[name]).square()).sum()
+            total = total + 0.5 * (diagonal * changes[name].square()).sum()
     return total
 
 
@@ -66,6 +73,8 @@ def test_penalty_and_gradient_are_those_of_the_dense_formula(make: Any, shape: t
     expected = 3.0 * dense_penalty(taken, reference, parameters)
     gradients = torch.autograd.grad(expected, list(parameters.values()))
     torch.testing.assert_close(memory.penalty(parameters), expected, atol=1e-10, rtol=1e-10)
+    changes = weight_changes(taken[-1], reference, parameters)
+    torch.testing.assert_close(0.5 * 3.0 * memory.quadratic(changes), expected, atol=1e-10, rtol=1e-10)
     again = torch.autograd.grad(memory.penalty(parameters), list(parameters.values()))
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
