@@ -54,62 +54,58 @@ def model_card(
     library: str | None = None,
 ) -> str:
     """The card as Markdown with the YAML head that model hubs read."""
-    head = [
-        "---",
-        *([f"library_name: {library}"] if library else []),
-        "pipeline_tag: image-classification",
-        "tags:",
+    changed = ", changed as the last column says (nostalgia.data.transforms)" if _transformed(tasks) else ""
+    parts = [
+        _hub_head(tags, library),
+        f"# {escape(title)}",
+        f"{escape(source)}, fine-tuned on {len(tasks)} tasks in turn with the method {escape(method)}. "
+        + (SHARED if shared_heads else OWN),
+        _table(tasks),
+        f"Accuracies are fractions of the task's validation images{changed}.",
+        "## Classes",
+        "In the order of each head's outputs:",
+        "\n".join(f"- **{escape(task.name)}**: {', '.join(_class(name) for name in task.classes)}" for task in tasks),
+        "## Files",
+        "\n".join(f"- `{name}`: {text}" for name, text in files.items()),
+        "## Use",
+        normalisation,
+        usage,
+        "## Training",
+        code(command),
     ]
-    head += [*(f"- {tag}" for tag in ("continual-learning", "nostalgia", *tags)), "---"]
-    shifted = any(task.transform for task in tasks)
+    return "\n\n".join(parts) + "\n"
+
+
+def _hub_head(tags: Sequence[str], library: str | None) -> str:
+    lines = [f"library_name: {library}"] if library else []
+    lines += ["pipeline_tag: image-classification", "tags:"]
+    lines += [f"- {tag}" for tag in ("continual-learning", "nostalgia", *tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _table(tasks: Sequence[TaskCard]) -> str:
+    columns = ["task", "classes", "accuracy when learned", "accuracy at the end"]
     rows = [
-        f"| {escape(task.name)} | {len(task.classes)} | {_fraction(task.learning_accuracy)} | "
-        f"{_fraction(task.accuracy)} |" + (f" {escape(', '.join(task.transform))} |" if shifted else "")
+        [escape(task.name), str(len(task.classes)), _fraction(task.learning_accuracy), _fraction(task.accuracy)]
         for task in tasks
     ]
-    classes = [
-        f"- **{escape(task.name)}**: "
-        + ", ".join(f'"{escape(name)}"' if "," in name else escape(name) for name in task.classes)
-        for task in tasks
-    ]
-    return "\n".join(
-        [
-            *head,
-            "",
-            f"# {escape(title)}",
-            "",
-            f"{escape(source)}, fine-tuned on {len(tasks)} tasks in turn with the method {escape(method)}. "
-            + (SHARED if shared_heads else OWN),
-            "",
-            "| task | classes | accuracy when learned | accuracy at the end |" + (" images |" if shifted else ""),
-            "|---|---|---|---|" + ("---|" if shifted else ""),
-            *rows,
-            "",
-            "Accuracies are fractions of the task's validation images"
-            + (", changed as the last column says (nostalgia.data.transforms)." if shifted else "."),
-            "",
-            "## Classes",
-            "",
-            "In the order of each head's outputs:",
-            "",
-            *classes,
-            "",
-            "## Files",
-            "",
-            *(f"- `{name}`: {text}" for name, text in files.items()),
-            "",
-            "## Use",
-            "",
-            normalisation,
-            "",
-            usage,
-            "",
-            "## Training",
-            "",
-            code(command),
-            "",
-        ]
-    )
+    if _transformed(tasks):
+        columns.append("images")
+        rows = [[*row, escape(", ".join(task.transform))] for row, task in zip(rows, tasks, strict=True)]
+    return "\n".join([_row(columns), "|---" * len(columns) + "|", *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _transformed(tasks: Sequence[TaskCard]) -> bool:
+    return any(task.transform for task in tasks)
+
+
+def _class(name: str) -> str:
+    """A class in a list with commas."""
+    return f'"{escape(name)}"' if "," in name else escape(name)
 
 
 def _fraction(value: float | None) -> str:
