@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,11 @@ def suite_choice(given: str) -> str:
     """The name that Hydra knows a suite by; one in a file of the user's own is made known to it."""
     if not given.endswith((".yaml", ".yml")):
         return given
-    name = OWN_SUITE + re.sub(r"\W", "_", Path(given).stem)
-    ConfigStore.instance().store(group="suite", name=name, node=load_suite(given), package="_global_")
+    name, content = OWN_SUITE + re.sub(r"\W", "_", Path(given).stem), load_suite(given)
+    values: Any = OmegaConf.to_container(content, resolve=False)
+    for key in _keys({name: value for name, value in values.items() if name != "defaults"}):
+        _check_key(key, f"--suite {given}: ")
+    ConfigStore.instance().store(group="suite", name=name, node=content, package="_global_")
     return name
 
 
@@ -181,7 +184,7 @@ def _parsed(words: list[str]) -> list[Override]:
     """Words as Hydra's grammar reads them, their keys checked."""
     overrides = [read_word(word) for word in words]
     for override in overrides:
-        _check_key(override)
+        _check_key(override.key_or_group)
     return overrides
 
 
@@ -251,14 +254,24 @@ def _saved(path: Path, words: list[str]) -> Any:
         raise UsageError(f"--config {path}: {_one_line(error)}") from None
 
 
-def _check_key(override: Override) -> None:
-    key = override.key_or_group
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of nested sections; what the configuration has no sections below is one key."""
+    sections = {key.rpartition(".")[0] for key in known_keys()}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key in sections:
+            yield from _keys(value, f"{key}.")
+        else:
+            yield key
+
+
+def _check_key(key: str, where: str = "") -> None:
     keys = known_keys()
     if key in GROUPS or key in keys or any(key.startswith(f"{free}.") for free in FREE_KEYS):
         return
     if key.startswith("method.") or (key.startswith("methods.") and key.count(".") > 1):
         return  # the method's own, checked by its class
-    raise UsageError(f"unknown key {key}{nearest_key(key, keys)}")
+    raise UsageError(f"{where}unknown key {key}{nearest_key(key, keys)}")
 
 
 def _checked(composed: Any) -> Config:

@@ -96,7 +96,8 @@ def test_refusals_are_one_line(words: list[str], message: str) -> None:
     [
         ("--suite", "methods: {nostalgia: 3}", "methods.nostalgia=3: allowed are options by name"),
         ("--suite", "train: 3", "Merge error: int is not a subclass of TrainConfig"),
-        ("--suite", "train: {epochz: 3}", "train.epochz: In 'suite/own__file': Key 'epochz' not in 'TrainConfig'"),
+        ("--suite", "train: {epochz: 3}", "file.yaml: unknown key train.epochz; did you mean train.epochs?"),
+        ("--suite", "trian: {epochs: 3}", "file.yaml: unknown key trian; did you mean train?"),
         ("--config", "[1, 2]", "not sections with values"),
         ("--config", "train: 3", "not sections with values"),
     ],
@@ -231,7 +232,9 @@ def test_a_suite_says_its_command_data_time_and_figures(path: Path) -> None:
     said = dict(re.findall(r"^# (\w+) +(\S.*)$", path.read_text(), re.MULTILINE))
     assert {"Command", "Needs", "Takes", "Expect"} <= said.keys()
     assert path.stem in said["Command"]
-    assert parse(["--suite", path.stem]).config.experiment.name == path.stem
+    config = parse(["--suite", path.stem]).config
+    assert config.experiment.name == path.stem
+    assert parse(["--suite", str(path)]).config == config  # as a file of the user's own
 
 
 def test_glyphs_lie_under_the_root() -> None:
