@@ -291,12 +291,12 @@ def choice_table(found: dict[str, Any]) -> str:
 
 
 def overview(found: dict[str, Any]) -> str:
-    """Markdown: final accuracy and forgetting left of each arm on every stream, over the seeds it shares with the first."""
+    """Markdown: final and learning accuracy, forgetting left of each arm on every stream, over seeds shared with the first."""
     runs = [run for run in found["runs"] if "acc" in run]
     streams, plain = list(dict.fromkeys(run["stream"] for run in runs)), next(iter(found["chosen"]))
     lines = [
-        "| method | " + " | ".join(f"{s}: ACC | left" for s in streams) + " |",
-        "|---" * (1 + 2 * len(streams)) + "|",
+        "| method | " + " | ".join(f"{s}: ACC | LA | left" for s in streams) + " |",
+        "|---" * (1 + 3 * len(streams)) + "|",
     ]
     for arm in found["chosen"]:
         cells = [arm]
@@ -304,7 +304,10 @@ def overview(found: dict[str, Any]) -> str:
             here = {(run["arm"], run["seed"]): run for run in runs if run["stream"] == stream}
             seeds = [seed for name, seed in here if name == arm and (plain, seed) in here]
             left = 100 * sum(here[arm, s]["bwt"] for s in seeds) / sum(here[plain, s]["bwt"] for s in seeds)
-            cells += [f"{statistics.mean(here[arm, s]['acc'] for s in seeds):.3f}", f"{round(left) or 0} %"]
+            cells += [
+                f"{statistics.mean(here[arm, s][key] for s in seeds):.3f}" for key in ("acc", "learning_accuracy")
+            ]
+            cells.append(f"{round(left) or 0} %")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
