@@ -10,6 +10,7 @@ from nostalgia import config as configuration
 from nostalgia import train
 from nostalgia.analysis.scale_model import Cluster
 from nostalgia.config import Config
+from nostalgia.config.checks import gpu_precision
 from nostalgia.errors import UsageError
 from nostalgia.utils.arguments import CommandParser
 
@@ -29,8 +30,9 @@ All other words are those of nostalgia.train. Exit codes as there.
 class PlanRequest:
     """The run's configuration, and the machines it is planned for."""
 
-    config: Config
+    config: Config  # of what is built here, on the CPU
     cluster: Cluster
+    precision: str  # that the run would have there
 
 
 #: Flags of a number above 0, by the field of `Cluster` they set.
@@ -65,7 +67,10 @@ def parse(argv: list[str]) -> PlanRequest:
         if not rate > 0:
             raise UsageError(f"{RATES[name][0]} {rate:g}: allowed is a number above 0")
     cluster = Cluster(gpus=flags.gpus, nodes=flags.nodes, sharded=flags.strategy == "fsdp", **rates)
-    return PlanRequest(configuration.parse([*words, "train.accelerator=cpu"]).config, cluster)
+    config = configuration.parse([*words, "train.accelerator=cpu"]).config
+    precision = gpu_precision(config)
+    config.train.precision = "32"
+    return PlanRequest(config, cluster, precision)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     def run(request: PlanRequest, accelerator: Any, precision: str) -> None:
         from nostalgia.experiment.scale import plan
 
-        plan(request.config, request.cluster, accelerator, precision)
+        plan(request.config, request.cluster, accelerator, precision, request.precision)
 
     return train.main(argv, parse=parse, run=run)
 

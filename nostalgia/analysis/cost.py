@@ -13,10 +13,10 @@ from rich.table import Table
 
 from nostalgia.analysis.run_folder import RunFolder
 from nostalgia.logging.progress import duration
+from nostalgia.utils.counts import products_of, steps_per_epoch
 from nostalgia.utils.sizes import num_bytes
 
 FORWARD = 1 / 3  # of a training step's time: a forward pass alone
-PRODUCTS_PER_PAIR, PRODUCTS_AT_LEAST = 3, 10  # what Lanczos usually needs to residuals of a percent
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TaskLoad:
     """Images of a task, and its epochs."""
 
     num_train: int
-    num_val: int
+    num_val: int  # that an evaluation takes
     epochs: int
 
 
@@ -45,11 +45,17 @@ class Workload:
     memory: str  # in words
     devices: str
     last_task: bool = True  # its curvature is taken too
+    max_steps_per_epoch: int | None = None
 
     @property
     def curved(self) -> Sequence[TaskLoad]:
         """The tasks whose curvature is taken."""
         return self.tasks if self.last_task else self.tasks[:-1]
+
+    def epoch(self, images: int) -> tuple[int, int]:
+        """Steps of an epoch over ``images``, and how many of them it takes."""
+        steps = steps_per_epoch(images, self.global_batch_size, self.max_steps_per_epoch)
+        return steps, min(images, steps * self.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -102,23 +108,21 @@ def estimate(work: Workload, measured: Measured) -> Cost:
 
     A product's time grows with its samples, which is too much where the short run's few left the device idle.
     """
-    batch, warm = work.global_batch_size, 0 if work.joint else work.head_warmup_epochs
+    warm = 0 if work.joint else work.head_warmup_epochs
+    trained = [(task.num_train, task.epochs) for task in work.tasks]
     if work.joint:
-        images = sum(task.num_train for task in work.tasks) * work.tasks[0].epochs
-        steps = math.ceil(sum(task.num_train for task in work.tasks) / batch) * work.tasks[0].epochs
-    else:
-        images = sum(task.num_train * task.epochs for task in work.tasks)
-        steps = sum(math.ceil(task.num_train / batch) * task.epochs for task in work.tasks)
+        trained = [(sum(task.num_train for task in work.tasks), work.tasks[0].epochs)]
+    steps, images = (sum(work.epoch(size)[i] * epochs for size, epochs in trained) for i in (0, 1))
     # Heads are fitted on the run's backbone, and from task 2 on also on the one it began with.
     fits = [warm * (1 if index == 0 else 2) for index in range(len(work.tasks))]
     pairs = list(zip(fits, work.tasks, strict=True))
-    forward = sum(fit * task.num_train for fit, task in pairs) + _evaluated(work, fits)
-    products = PRODUCTS_PER_PAIR * work.top_k + PRODUCTS_AT_LEAST if work.top_k else 0
+    forward = sum(fit * work.epoch(task.num_train)[1] for fit, task in pairs) + _evaluated(work, fits)
+    products = products_of(work.top_k) if work.top_k else 0
     samples = sum(min(work.num_samples, task.num_train) for task in work.curved)
     per_image, per_sample = measured.seconds_per_image, measured.seconds_per_sample
     return Cost(
         steps=steps,
-        warmup_steps=sum(math.ceil(task.num_train / batch) * fit for fit, task in pairs),
+        warmup_steps=sum(work.epoch(task.num_train)[0] * fit for fit, task in pairs),
         products=products,
         training_seconds=None if per_image is None else images * per_image,
         evaluation_seconds=None if per_image is None else forward * per_image * FORWARD,

@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nostalgia.logging.progress import duration
+from nostalgia.utils.counts import products_of, steps_per_epoch
 from nostalgia.utils.sizes import num_bytes
 
 BACKWARD = 2.0  # forward passes: gradients of inputs and of weights
 PRODUCT = 6.0  # of a curvature product: forward, and a derivative in each direction, each with its own backward pass
 READS = 4  # of the basis in a constrained step: Q g, Q^T c, Q d, Q^T c
-PRODUCTS_PER_PAIR, PRODUCTS_AT_LEAST = 3, 10  # what Lanczos usually needs to residuals of a percent
 NUMBER = 4  # bytes
 
 
@@ -83,8 +83,8 @@ class Load:
 
     def passes(self, gpus: int) -> int:
         """Micro-batches that a rank trains on in the run."""
-        epochs = [math.ceil(images / (self.batch * gpus)) for images in self.images]
-        return sum(epochs if self.max_steps is None else (min(n, self.max_steps * self.accumulation) for n in epochs))
+        most = None if self.max_steps is None else self.max_steps * self.accumulation
+        return sum(steps_per_epoch(images, self.batch * gpus, most) for images in self.images)
 
     @property
     def activation_bytes(self) -> int:
@@ -164,7 +164,7 @@ def _factors(load: Load, cluster: Cluster) -> Stage:
 
 
 def _products(load: Load, cluster: Cluster) -> Stage:
-    products = PRODUCTS_PER_PAIR * load.top_k + PRODUCTS_AT_LEAST
+    products = products_of(load.top_k)
     compute = PRODUCT * load.forward_flops * load.samples / cluster.gpus / (cluster.teraflops * 1e12)
     sent = 2 * cluster.ring(load.scope)  # gathers the vector, scatters the sum
     rows = 2 * load.top_k + 18  # of Lanczos

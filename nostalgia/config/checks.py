@@ -73,6 +73,11 @@ def automatic_precision(device_type: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"
 
 
+def gpu_precision(config: Config) -> str:
+    """What ``train.precision`` stands for on a GPU of today, whatever is at hand."""
+    return "bf16" if config.train.precision == "auto" else config.train.precision
+
+
 def _check_name(config: Config) -> None:
     """The name is a folder's under the output folder, and must not lead out of it."""
     name = config.experiment.name

@@ -13,7 +13,6 @@ depends on how many they are.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from nostalgia.data.prepared import Decoder, Prepared, View
 from nostalgia.data.transforms import Augmentation, uniform
 from nostalgia.errors import NotFoundError, RunFailedError, UsageError
+from nostalgia.utils.counts import steps_per_epoch
 
 __all__ = ["Batch", "Prepared", "Step", "TaskLoader", "View", "curvature_batches"]
 
@@ -119,7 +119,7 @@ class TaskLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.images) / (self.micro_batch * self.accumulation_steps))
+        return steps_per_epoch(len(self.images), self.micro_batch * self.accumulation_steps)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
         """The steps of an epoch from ``start_step`` (0-based) on; earlier ones are not read."""

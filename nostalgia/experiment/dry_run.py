@@ -5,7 +5,6 @@ Nothing is downloaded, nothing trained. All tasks are listed, those whose data i
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import cuda
 
 from nostalgia.analysis.scale_model import Cluster, stages, table
 from nostalgia.config import Config, Request
+from nostalgia.config.checks import gpu_precision
 from nostalgia.data.tasks import Missing, Task, data_notes, find_tasks, head_classes
 from nostalgia.errors import NotFoundError
 from nostalgia.experiment.components import Components, build_components
@@ -28,6 +28,7 @@ from nostalgia.experiment.task_data import placeholder, source_loader, task_spec
 from nostalgia.logging.console import RunInfo, count, print_config, start_panel
 from nostalgia.logging.streams import make_console
 from nostalgia.parallel.coordination import agree
+from nostalgia.utils.counts import steps_per_epoch
 
 MAX_LINES = 12  # of what is said of one missing data set
 
@@ -79,8 +80,8 @@ def dry_run(
 
 def _plan(parts: Components, accelerator: Accelerator) -> Group:
     """What ``nostalgia.plan`` says of as many GPUs as there are processes; their memory is that of the GPU at hand."""
-    ranks, load = accelerator.num_processes, load_of(parts)
     here = {"memory": cuda.get_device_properties(0).total_memory / 1e9} if accelerator.device.type == "cuda" else {}
+    ranks, load = accelerator.num_processes, load_of(parts, parts.precision if here else gpu_precision(parts.config))
     cluster = Cluster(
         gpus=ranks,
         nodes=max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
@@ -131,8 +132,8 @@ def _steps_table(config: Config, found: Sequence[Task | Missing], world_size: in
 def _steps(config: Config, task: Task, world_size: int) -> str:
     """``40 x 50 epochs = 2.00k``."""
     train = config.train
-    steps = math.ceil(len(task.train) / (config.dataset.batch_size * train.gradient_accumulation_steps * world_size))
-    steps = min(steps, train.max_steps_per_epoch or steps)
+    batch = config.dataset.batch_size * train.gradient_accumulation_steps * world_size
+    steps = steps_per_epoch(len(task.train), batch, train.max_steps_per_epoch)
     epochs = train.epochs if train.epochs_per_task is None else train.epochs_per_task[task.index - 1]
     return f"{steps} x {epochs} = {count(steps * epochs)}"
 

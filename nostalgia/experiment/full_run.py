@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.panel import Panel
@@ -33,8 +34,11 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
     per_task = per_task or [full.train.epochs] * len(run.tasks)
     smallest = min(min(len(task.train) for task in run.tasks), run.config.curvature.num_samples)
     merged = adapted_weights(run.backbone).values() if merges_adapters(full, chosen_method(full)) else ()
+    evaluated = (full.train.max_eval_batches or math.inf) * info.per_device_batch_size * run.accelerator.num_processes
     work = Workload(
-        tasks=[TaskLoad(len(t.train), len(t.val), e) for t, e in zip(run.tasks, per_task, strict=True)],
+        tasks=[
+            TaskLoad(len(t.train), int(min(len(t.val), evaluated)), e) for t, e in zip(run.tasks, per_task, strict=True)
+        ],
         joint=joint,
         global_batch_size=info.global_batch_size,
         head_warmup_epochs=full.train.head_warmup_epochs,
@@ -49,5 +53,6 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
         memory=plan.text,
         devices=info.devices,
         last_task=full.curvature.last_task,
+        max_steps_per_epoch=full.train.max_steps_per_epoch,
     )
     return cost_panel(work, estimate(work, Measured.of(done, smallest)))

@@ -28,13 +28,16 @@ from nostalgia.parallel.accelerator import unsplit_layers
 from nostalgia.training.optimizers import OPTIMIZERS
 
 
-def plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: str) -> None:
-    """Print the plan. Nothing is downloaded; NotFoundError where the network is not here."""
+def plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: str, gpu_precision: str) -> None:
+    """Print the plan of a run in ``gpu_precision``; its network is built here in ``precision``.
+
+    Nothing is downloaded; NotFoundError where the network is not here.
+    """
     complete_method(config)
     found = find_tasks(task_specs(config), source_loader(config, download=False), config.experiment.seed)
     tasks = [placeholder(one) if isinstance(one, Missing) else one for one in found]
     run = build_components(config, accelerator, precision, tasks=tasks, download_weights=False)
-    load = load_of(run)
+    load = load_of(run, gpu_precision)
     console = make_console()
     console.print(table(load, cluster, stages(load, cluster)))
     for line in uncounted(found):
@@ -47,8 +50,8 @@ def uncounted(found: Sequence[Task | Missing]) -> list[str]:
     return [f"steps without those of {', '.join(missing)}, whose data is not on this machine"] if missing else []
 
 
-def load_of(run: Components) -> Load:
-    """What the run asks of any machine; its network runs forward once, with one image."""
+def load_of(run: Components, precision: str) -> Load:
+    """What the run asks of any machine, trained in ``precision`` there; its network runs forward once, with one image."""
     config, backbone = run.config, run.backbone
     flops, kept = forward_cost(backbone, run.view.resizing.size)
     classes = max((len(task.classes) for task in run.tasks), default=0)
@@ -72,7 +75,7 @@ def load_of(run: Components) -> Load:
         largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         forward_flops=flops,
         activation_numbers=kept,
-        mixed_precision=run.precision in ("bf16", "16"),
+        mixed_precision=precision in ("bf16", "16"),
         optimizer_states=OPTIMIZERS[config.train.optimizer].states,
         batch=config.dataset.batch_size,
         images=epochs_images(run),

@@ -70,7 +70,8 @@ def test_a_run_s_load(method: str) -> None:
     config = parse(words).config
     complete_method(config)
     run = build_components(config, Accelerator(cpu=True), "32")
-    load = load_of(run)
+    load = load_of(run, "32")
+    assert load_of(run, "bf16").activation_bytes == load.activation_bytes // 2
     assert sum(load.images) == 2 * sum(len(task.train) for task in run.tasks)
     assert load.scope == run.space.size
     assert (load.top_k > 0, load.factor_terms > 0) == {
@@ -93,6 +94,13 @@ def test_a_run_s_load(method: str) -> None:
 def test_what_cannot_be_meant_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan.parse(["--suite", "demo", *words])
+
+
+@pytest.mark.parametrize(("given", "planned"), [(None, "bf16"), ("16", "16"), ("32", "32")])
+def test_the_precision_is_that_of_the_gpus(given: str | None, planned: str) -> None:
+    """The network is built on the CPU, which has no float16, and would take float32 by itself."""
+    request = plan.parse(["--suite", "demo", *([f"train.precision={given}"] if given else [])])
+    assert (request.precision, request.config.train.precision) == (planned, "32")
 
 
 def test_the_examples_of_its_help_can_be_given() -> None:

@@ -41,6 +41,14 @@ def test_counts_and_times() -> None:
     assert cost.checkpoint_bytes == 12_000
 
 
+def test_an_epoch_that_is_cut_short_counts_what_it_takes() -> None:
+    cost = estimate(workload(max_steps_per_epoch=2, head_warmup_epochs=1), Measured(0.3, None))
+    assert (cost.steps, cost.warmup_steps) == (2 * 3 + 2 * 2, 2 * 1 + 2 * 2)
+    assert cost.training_seconds == pytest.approx((64 * 3 + 64 * 2) * 0.3)
+    joint = estimate(workload(max_steps_per_epoch=2, joint=True, top_k=0), Measured(0.3, None))
+    assert (joint.steps, joint.training_seconds) == (6, pytest.approx(64 * 3 * 0.3))
+
+
 def test_heads_are_fitted_twice_from_the_second_task_on() -> None:
     cost = estimate(workload(head_warmup_epochs=2), Measured(0.3, None))
     assert cost.warmup_steps == 4 * 2 + 3 * 4
