@@ -9,7 +9,7 @@ from typing import Any
 from nostalgia.curvature.density import estimate_spectrum
 from nostalgia.curvature.eigenspace import gradient_rows, top_eigenpairs
 from nostalgia.curvature.operators import BatchedOperator
-from nostalgia.curvature.rows import captured_energy
+from nostalgia.curvature.rows import GradientRows, captured_energy, eigenpairs_of_rows
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.data.tasks import Task
 from nostalgia.experiment.components import Components
@@ -45,7 +45,7 @@ class Analysis:
             return None
         operator = self.forgetting.losses.operator(task, self.run.config.curvature.hvp)
         if pairs is None and factors is None and not self.forgetting.losses.in_weights:
-            pairs = top_eigenpairs(operator, self.run.config.analysis.top_k, curvature_options(self.run.config))
+            pairs = self._own_pairs(task, operator)
         if factors is not None:
             self.factors.save(task, factors)
         if self.predicts != "false":
@@ -66,13 +66,24 @@ class Analysis:
         self.bases.files, self.factors.files = dict(state["bases"]), dict(state["factors"])
         self.forgetting.load_state(state["forgetting"])
 
+    def _own_pairs(self, task: Task, operator: BatchedOperator) -> Eigenpairs:
+        """Of a method that takes no curvature, by the solver that the run names."""
+        options, k = curvature_options(self.run.config), self.run.config.analysis.top_k
+        if options.solver == "rows":
+            rows = self._rows(task, options.num_samples, train=True)
+            return eigenpairs_of_rows(rows, k, tol=options.tol, budget_bytes=options.rows_budget_bytes)
+        return top_eigenpairs(operator, k, options)
+
     def _captured_energy(self, task: Task, pairs: Eigenpairs) -> float:
         """tr(Q^T G Q) / tr G over validation images of the task: samples that Q was not made of."""
-        run, options = self.run, curvature_options(self.run.config)
-        batches = curvature_samples(run, [task], self.run.config.analysis.captured_energy_samples, train=False)
-        model = self.forgetting.losses.model(task)
-        rows = gradient_rows(model, run.objective, batches, run.scope_parameters(), run.accelerator, options, run.space)
-        return captured_energy(rows, pairs.eigenvectors, run.method.task.first_order_mask())
+        rows = self._rows(task, self.run.config.analysis.captured_energy_samples, train=False)
+        return captured_energy(rows, pairs.eigenvectors, self.run.method.task.first_order_mask())
+
+    def _rows(self, task: Task, num_samples: int, *, train: bool) -> GradientRows:
+        run, model = self.run, self.forgetting.losses.model(task)
+        batches = curvature_samples(run, [task], num_samples, train=train)
+        options, parameters = curvature_options(run.config), run.scope_parameters()
+        return gradient_rows(model, run.objective, batches, parameters, run.accelerator, options, run.space)
 
     def _record(self, task: Task, operator: BatchedOperator, pairs: Eigenpairs) -> None:
         run, options = self.run, self.run.config.analysis

@@ -11,6 +11,7 @@ from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.errors import UsageError
 from nostalgia.experiment.task_data import task_specs
 from nostalgia.methods.base import Method
+from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.loading import BUILT_IN, hooks_note, make_method, method_class
 from nostalgia.options import nearest, read_options
 from nostalgia.training.optimizers import check_optimizer
@@ -47,11 +48,22 @@ def complete_method(config: Config) -> list[str]:
     options = method.config
     config.method, config.methods = {"name": name, **asdict(options)}, {}
     config.model.lora.merge = "task" if merges_adapters(config, method) else "never"
+    if (
+        config.analysis.predict_forgetting == "true"
+        and config.model.lora.merge == "never"
+        and not _has_curvature(method)
+    ):
+        check_eigensolve(config.analysis.top_k, curvature_options(config), "analysis.top_k")
     unused += [
         f"methods.{owner} is of no method here, its options have no effect{nearest(owner, [kind.name, *BUILT_IN])}"
         for owner in strange
     ]
     return [*unused, *([] if name in BUILT_IN else [hooks_note(name)])]
+
+
+def _has_curvature(method: Method) -> bool:
+    """Whether the method takes curvature of its own, which its prediction of forgetting is then made of."""
+    return (type(method).eigenpairs, type(method).factors) != (Method.eigenpairs, Method.factors)
 
 
 def _unused_lora(model: ModelConfig) -> list[str]:

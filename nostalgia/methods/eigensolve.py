@@ -86,11 +86,11 @@ def _some_converged(pairs: Eigenpairs, task: TaskContext, how: str) -> Eigenpair
     )
 
 
-def check_eigensolve(k: int, options: CurvatureOptions) -> None:
-    """Raise UsageError for limits under which ``k`` pairs cannot be found."""
+def check_eigensolve(k: int, options: CurvatureOptions, key: str = "method.top_k") -> None:
+    """Raise UsageError for limits under which the ``k`` pairs that ``key`` asks for cannot be found."""
     for name, value, least in (("max_basis", options.max_basis, k + 2), ("max_products", options.max_products, k)):
         if value is not None and value < least:
-            raise UsageError(f"curvature.{name}={value}: allowed with method.top_k={k} is {least} or more")
+            raise UsageError(f"curvature.{name}={value}: allowed with {key}={k} is {least} or more")
 
 
 def unconverged_note(pairs: Eigenpairs) -> str:

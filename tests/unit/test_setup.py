@@ -170,3 +170,10 @@ def test_more_directions_to_predict_with_than_parameters_are_refused_before_trai
     run: Any = SimpleNamespace(config=config, space=SimpleNamespace(size=5))
     with pytest.raises(UsageError, match=r"analysis.top_k=6: allowed is 1 to 5"):
         ForgettingObserver(run, tmp_path, print, Mock(), Mock())
+
+
+def test_limits_that_the_prediction_s_own_eigenpairs_do_not_fit_are_refused_before_training() -> None:
+    words = ["--suite", "demo", "analysis.predict_forgetting=true", "analysis.top_k=6", "curvature.max_basis=7"]
+    with pytest.raises(UsageError, match=r"curvature.max_basis=7: allowed with analysis.top_k=6 is 8 or more"):
+        complete_method(parse([*words, "method=finetune"]).config)
+    complete_method(parse([*words, "method=kronecker"]).config)  # which predicts with its own factors
