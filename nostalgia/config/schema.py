@@ -62,7 +62,11 @@ class DatasetConfig:
         free=True,
     )
     num_workers: int = option(
-        4, "Loader processes per rank, for data that is decoded from files.", low=0, high=256, free=True
+        4,
+        "Loader processes per rank, for data that is decoded from files; as many threads for curvature samples.",
+        low=0,
+        high=256,
+        free=True,
     )
     val_fraction: float = option(
         0.2,

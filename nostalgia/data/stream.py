@@ -205,13 +205,13 @@ def curvature_batches(
     seed: int,
     rank: int,
     world_size: int,
-    num_workers: int = 1,
+    num_workers: int = 0,
 ) -> list[Batch]:
     """This rank's share of the fixed curvature set, held on the device: no augmentation, no padding.
 
     A seeded choice, in proportion to the classes of each data set, that does not depend on the number of ranks; shares
     differ by at most one sample and may be empty. A batch is of one data set, so that its samples have one head.
-    ``num_workers`` threads decode.
+    ``num_workers`` threads decode, or this one.
     """
     classes = images.tasks * (int(images.labels.max()) + 1) + images.labels
     chosen = stratified_choice(classes, num_samples, stable_seed(seed, name, -1))

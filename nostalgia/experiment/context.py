@@ -101,6 +101,7 @@ def curvature_samples(
             seed=run.config.experiment.seed,
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
+            num_workers=run.config.dataset.num_workers,
         ),
     )
     for batch in batches:
