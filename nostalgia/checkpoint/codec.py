@@ -40,8 +40,8 @@ class SavedFile:
 
 @dataclass
 class Encoded:
-    """``plain`` is JSON, of which rank 0's is kept, and ``whole`` the state's plain tensors, the same on all ranks; ``values``
-    and ``references`` are rank 0's alone.
+    """``plain`` is JSON, of which rank 0's is kept, and ``whole`` what is the same on all ranks: plain tensors, and blocks that
+    every rank has whole, as they are written; ``values`` and ``references`` are rank 0's alone.
     """
 
     plain: Any
@@ -117,7 +117,7 @@ class StateCodec:
             into.values.update(tensors.to_main({name: value}))
             return {TENSOR: name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if isinstance(value, Block):
-            file = self._save(value, name)
+            file = self._save(value, name, into)
             into.references[file.name] = file.digest
             return {BLOCK: file.name}
         if isinstance(value, SavedFile):
@@ -137,13 +137,15 @@ class StateCodec:
             "numbers, booleans, null, tensors and Blocks"
         )
 
-    def _save(self, block: Block, name: str) -> SavedFile:
+    def _save(self, block: Block, name: str, into: Encoded) -> SavedFile:
         before = self._written.get(name)
         unchanged = before is not None and before.rows() is block.rows and before.version == block.rows._version
         # What no checkpoint referred to for a while has been removed; rank 0 decides for all.
         if tensors.broadcast_object(before is not None and unchanged and (self.run_dir / before.file.name).is_file()):
             assert before is not None
             return before.file
+        if block.space.placement == "local":
+            into.whole[name] = block.rows
         token = tensors.broadcast_object(secrets.token_hex(4))  # never the name of a file in use
         file = f"checkpoints/{BLOCKS}/{name.replace('/', '.')}_{token}.safetensors"
         saved = SavedFile(file, save_block(self.run_dir / file, block.rows, block.space))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nostalgia.curvature.shares import parameter_shares
 from nostalgia.errors import UsageError
@@ -92,6 +93,13 @@ class Eigenspace:
         """The memory, once the first task has begun or a state was taken up."""
         assert self.made is not None
         return self.made
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """The basis, where every rank has all of it."""
+        memory = self.made
+        if memory is None or memory.basis is None or memory.space is None or memory.space.placement != "local":
+            return {}
+        return {"the memory's basis": memory.basis}
 
     def end(self, task: TaskContext) -> MemoryUpdate:
         self.make(task.space, task.num_tasks)

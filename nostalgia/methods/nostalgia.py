@@ -148,10 +148,7 @@ class Nostalgia(Method):
         return self.eigenspace.bytes_remembered() + self.tail.bytes()
 
     def replicated_tensors(self) -> dict[str, Tensor]:
-        memory = self.eigenspace.made
-        if memory is None or memory.basis is None or memory.space is None or memory.space.placement != "local":
-            return {}
-        return {"the memory's basis": memory.basis}
+        return self.eigenspace.replicated_tensors()
 
     def eigenpairs(self) -> Eigenpairs | None:
         return self.eigenspace.pairs

@@ -82,6 +82,9 @@ class NostalgiaEwc(Method):
             0 if self.center is None else world_size() * self.center.numel() * self.center.element_size()
         )
 
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        return self.eigenspace.replicated_tensors()
+
     def eigenpairs(self) -> Eigenpairs | None:
         return self.eigenspace.pairs
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nostalgia.linalg.block import Block
+from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods import Method
 from tests.distributed import diverging_run
 from tests.ranks import run, run_train
@@ -42,6 +44,20 @@ class Unreduced(Method):
         self.sum = state["kept"]["sum"]
 
 
+class OwnVectors(Unreduced):
+    """Has the same in a block of vectors that every rank keeps whole."""
+
+    name = "own_vectors"
+
+    def state_dict(self):  # type: ignore[no-untyped-def]
+        parameters = self.task.parameters
+        space = VectorSpace.of(parameters, placement="local")
+        return {"center": Block(space.take(p.detach() for p in parameters.values())[None] * self.sum[0], space)}
+
+    def load_state_dict(self, state):  # type: ignore[no-untyped-def]
+        self.sum = state["center"].rows[0, :2]
+
+
 PARAMETER = "model.layers.1.mlp.fc1.weight"
 WORDS = (
     "--suite", "demo", "--quiet", "train.epochs=1", "train.head_warmup_epochs=0", "nostalgia.guard_every_n_steps=5",
@@ -67,7 +83,7 @@ def test_a_method_that_leaves_ranks_apart_ends_the_run_however_short_the_task(tm
     assert "task1_digits, at its end: ranks have diverged: " in error
 
 
-@pytest.mark.parametrize(("name", "where"), [("Unreduced", "method/kept/sum")])
+@pytest.mark.parametrize(("name", "where"), [("Unreduced", "method/kept/sum"), ("OwnVectors", "method/center")])
 def test_a_method_whose_state_is_not_that_of_all_ranks_ends_the_run(tmp_path: Path, name: str, where: str) -> None:
     words = [
         *WORDS,
