@@ -22,10 +22,12 @@ from torch import Tensor
 
 from nostalgia.checkpoint import files
 from nostalgia.errors import NotFoundError
+from nostalgia.utils.exit_code import finish_before_leaving
 
 _NAME = re.compile(r"^(\d{6,})_[A-Za-z0-9_.-]+$")
 TENSORS, STATE, BLOCKS = "tensors.safetensors", "state.json", "blocks"
 TASK_END = "end_of_task"
+FINISH_SECONDS = 120.0
 
 
 @dataclass
@@ -61,7 +63,9 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Path] | None = None  # whose failure nobody has been told of
+        self._latest: Future[Path] | None = None
+        finish_before_leaving(self._finish)
         self._next = 1 + max((n for n, _ in _listed(self.folder)), default=0)
 
     def write(self, contents: CheckpointContents, *, background: bool) -> None:
@@ -71,16 +75,20 @@ class CheckpointStore:
         """
         self.wait()
         number, self._next = self._next, self._next + 1
-        if background:
-            self._pending = self._thread.submit(self._write, number, contents)
-        else:
-            self._write(number, contents)
+        self._latest = self._pending = self._thread.submit(self._write, number, contents)
+        if not background:
+            self.wait()
 
     def wait(self) -> None:
         """Until what is being written is written; raises its OSError."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _finish(self) -> None:
+        """Until the latest is written or has failed; TimeoutError after a while, so that a disk that hangs holds nobody."""
+        if self._latest is not None:
+            self._latest.exception(FINISH_SECONDS)
 
     @property
     def written(self) -> bool:

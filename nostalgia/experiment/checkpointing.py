@@ -111,6 +111,8 @@ class Checkpointer:
         name = self.stop.agreed()
         if name:
             self._write("stopped", background=False, required=True)
+            # Rank 0 writes; a rank that ended before would take it along (`FailureWatch`).
+            self.accelerator.wait_for_everyone()
             raise InterruptedRun(f"{name}: stopped with a checkpoint written; --resume goes on from there")
         if kind:
             self._write(kind, background=True)

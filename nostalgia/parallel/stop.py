@@ -37,5 +37,5 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
-            leave(130)
+            leave(130, at_once=True)
         self._signal = number

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+_begun: Callable[[], None] | None = None
+
 
 def already_ended() -> bool:
     """Whether this is a restart after an attempt that left a code which a restart would not change.
@@ -24,8 +26,8 @@ def already_ended() -> bool:
     return code not in ("", "75")
 
 
-def leave(exit_code: int, *, stuck: bool = False) -> None:
-    """End this process at once with ``exit_code``, whatever its other threads wait for.
+def leave(exit_code: int, *, stuck: bool = False, at_once: bool = False) -> None:
+    """End this process with ``exit_code``, whatever its other threads wait for; ``at_once``: what it has begun unfinished.
 
     Launchers turn any failure of a worker into 1, and restart it: where a launch script has named a file in
     ``NOSTALGIA_EXIT_FILE``, codes that a restart would not change are left there and the process ends with 0. With
@@ -37,10 +39,19 @@ def leave(exit_code: int, *, stuck: bool = False) -> None:
         with open(path, "w", encoding="ascii") as file:
             file.write(str(exit_code))
         exit_code = exit_code if stuck else 0
+    if _begun is not None and not at_once:
+        with contextlib.suppress(Exception):
+            _begun()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed by its reader: nothing could be shown any more
             stream.flush()
     os._exit(exit_code)
+
+
+def finish_before_leaving(work: Callable[[], None]) -> None:
+    """``work`` finishes what this process has begun in the background: `leave` does it first."""
+    global _begun
+    _begun = work
 
 
 def leave_on_interrupt(tell: Callable[[], None]) -> None:
@@ -53,6 +64,6 @@ def leave_on_interrupt(tell: Callable[[], None]) -> None:
     def interrupted(*_: object) -> None:
         if os.getpid() == process:
             tell()
-        leave(130)
+        leave(130, at_once=True)
 
     signal.signal(signal.SIGINT, interrupted)
