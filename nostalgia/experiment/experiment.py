@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nostalgia.errors import NostalgiaError
 from nostalgia.experiment.analysis import Analysis
 from nostalgia.experiment.checkpointing import Checkpointer, Schedule
 from nostalgia.experiment.context import task_context
@@ -53,8 +54,12 @@ class Experiment:
 
     def run(self) -> RunResults:
         self.checkpoints.stop.listen()
-        while self.state.round <= len(self.rounds):
-            self._round(self.rounds[self.state.round - 1])
+        try:
+            while self.state.round <= len(self.rounds):
+                self._round(self.rounds[self.state.round - 1])
+        except NostalgiaError:
+            self.checkpoints.close()  # what is being written is the last good one
+            raise
         self.checkpoints.close()
         return run_results(self.c, self.state, self._elapsed(), self.checkpoints.seconds)
 

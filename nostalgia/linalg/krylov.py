@@ -68,11 +68,15 @@ class LanczosState:
     collectives: int = 0
     bytes_moved: int = 0
 
+    @property
+    def rows(self) -> int:
+        """Rows of ``basis`` in use."""
+        return self.projected.shape[0] + self.active_coupling.shape[0]
+
     def clone(self) -> LanczosState:
         """A copy that later products leave alone, without the room to grow."""
-        used = self.projected.shape[0] + self.active_coupling.shape[0]
         # The small matrices are replaced by a solve, never written to.
-        return LanczosState(**{**vars(self), "basis": self.basis[:used].clone(), "parked": self.parked.clone()})
+        return LanczosState(**{**vars(self), "basis": self.basis[: self.rows].clone(), "parked": self.parked.clone()})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nostalgia.curvature.eigenspace import CurvatureOptions, gradient_rows, task_operator, top_eigenpairs
@@ -62,18 +61,20 @@ class Eigensolver:
     def state_dict(self, task: TaskContext | None) -> dict[str, Any] | None:
         if self.unfinished is None or task is None:
             return None
-        solve = self.unfinished.clone()
+        solve = self.unfinished
         small = {key: value for key, value in vars(solve).items() if key not in VECTORS}
-        vectors = torch.cat([solve.basis, solve.parked])
-        return {"vectors": Block(vectors, task.space), "rows": len(solve.basis), **small}
+        # Views, written before the solve goes on: of a whole network the basis is most of a device's memory.
+        vectors = {"basis": solve.basis[: solve.rows], "parked": solve.parked}
+        return {**{key: Block(rows, task.space) for key, rows in vectors.items()}, **small}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         if state is None:
             self.unfinished = None
             return
-        rest: dict[str, Any] = {key: item.cpu() if isinstance(item, Tensor) else item for key, item in state.items()}
-        vectors, rows = rest.pop("vectors").rows, rest.pop("rows")
-        self.unfinished = LanczosState(basis=vectors[:rows], parked=vectors[rows:].clone(), **rest)
+        taken: dict[str, Any] = {}
+        for key, item in state.items():
+            taken[key] = item.rows if isinstance(item, Block) else item.cpu() if isinstance(item, Tensor) else item
+        self.unfinished = LanczosState(**taken)
 
 
 def _some_converged(pairs: Eigenpairs, task: TaskContext, how: str) -> Eigenpairs:
