@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models.backbone import Backbone
+from nostalgia.parallel.modules import normalise_alone
 from nostalgia.utils.tensor_files import read_tensors
 
 POLICIES = ("per_task", "frozen", "shared")
@@ -100,8 +100,7 @@ def measure_anew(backbone: Backbone, batches: Iterable[Tensor]) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
-        # SyncBatchNorm's own would wait for ranks with fewer batches.
-        vars(layer)["forward"] = partial(_BatchNorm.forward, layer)
+        normalise_alone(layer)  # ranks may have fewer batches
     for images in usable:
         backbone(images)
     for layer, momentum in zip(layers, momenta, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nostalgia.parallel.modules import skeleton
+from nostalgia.parallel.modules import normalise_alone, skeleton
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -67,6 +67,9 @@ def probe(
     Raises one of ``SHAPE_ERRORS`` where the network cannot take such images.
     """
     module = skeleton(module)
+    for layer in module.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            normalise_alone(layer)
     parameters: dict[str, Tensor] = {
         name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point())
         for name, value in module.named_parameters()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 # Modules that stand for the one they hold: torch.compile's and activation checkpointing's.
@@ -79,6 +80,12 @@ def skeleton(model: nn.Module) -> nn.Module:
     inner = inner_module(model)
     reshard(inner)
     return _Copy(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")).of(inner)
+
+
+def normalise_alone(layer: nn.Module) -> None:
+    """Let a batch norm take its own batch's statistics: `nn.SyncBatchNorm` would wait for other ranks, and refuses tensors
+    that are on no GPU. ``vars(layer).pop("forward")`` takes it back."""
+    vars(layer)["forward"] = partial(_BatchNorm.forward, layer)
 
 
 def bare_module(model: nn.Module) -> nn.Module:

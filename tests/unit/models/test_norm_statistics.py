@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nostalgia.errors import NotFoundError
 from nostalgia.models import norm_statistics
@@ -132,6 +133,18 @@ def test_synchronised_layers_keep_parameters_and_features():
     assert torch.equal(backbone(x), features)
     norm_statistics.freeze(backbone)
     assert not backbone.train().model.bn1.training
+
+
+def test_synchronised_layers_are_probed_on_any_device():
+    """As a resumed run on another number of GPUs does: their own forward pass refuses tensors that are on no GPU."""
+    backbone = resnet18()
+    norm_statistics.synchronise(backbone)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert not backbone.draws_in_training()
+        backbone.check_batch(2)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_average_over_ranks_is_that_of_the_batches_together():
