@@ -116,8 +116,14 @@ def trainings(device: str, small: bool, out: Path) -> list[Stage]:
     two = [*PYTHON, "torch.distributed.run", "--nproc_per_node", "2", "-m", "nostalgia.train", "--suite", "demo"]
     two += SMALL_RUN if small else []
     one = [*PYTHON, "nostalgia.train", *FASHION, *(SMALL_NETWORK if small else NETWORK)]
-    kinds = [("ddp", two, ONE_CARD), ("fsdp", two, {"ACCELERATE_USE_FSDP": "true"}), ("real", one, {})]
-    if device == "cuda" and torch.cuda.device_count() < 2:
+    several = device == "cuda" and torch.cuda.device_count() > 1
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    kinds = [
+        ("ddp", two, hidden if several else ONE_CARD),
+        ("fsdp", two, {"ACCELERATE_USE_FSDP": "true", **hidden}),
+        ("real", one, {}),
+    ]
+    if device == "cuda" and not several:
         # gloo, which two ranks on one card need, has no FSDP2 on CUDA tensors.
         kinds = [kind for kind in kinds if kind[0] != "fsdp"]
     return [

@@ -46,7 +46,9 @@ class Ranks:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = folder
-        variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+        # No card: FSDP2 would take one that it sees, whatever Accelerate is told.
+        cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        variables = {**cpu, **(environment or {})}
         if world_size > 1:
             variables |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

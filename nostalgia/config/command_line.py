@@ -41,7 +41,6 @@ DEBUG = (
     "analysis.top_k=2",
     "analysis.trace_samples=1",
     "dataset.num_workers=0",
-    "experiment.deterministic=true",
 )
 
 EXAMPLES = """examples:
@@ -130,7 +129,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--suite", metavar="NAME", help=f"one of {', '.join(choices('suite'))}, or a YAML file of your own"
     )
-    parser.add_argument("--debug", action="store_true", help="a few batches and products a task, deterministic")
+    parser.add_argument("--debug", action="store_true", help="a few batches and products a task")
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
     )

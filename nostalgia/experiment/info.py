@@ -12,7 +12,7 @@ from nostalgia.experiment.components import Components
 from nostalgia.experiment.scale import memory_plan
 from nostalgia.logging.console import RunInfo, TaskInfo
 from nostalgia.models.backbones import has_adapters
-from nostalgia.parallel.accelerator import strategy
+from nostalgia.parallel.accelerator import ranks_note, strategy
 from nostalgia.training.loop import WARMUP_SHARE
 
 
@@ -53,9 +53,9 @@ def run_info(run: Components, request: Request, folder: Path) -> RunInfo:
     )
 
 
-def run_notes(config: Config) -> list[str]:
-    """What a run does otherwise than its configuration says, one line each."""
-    train, notes = config.train, []
+def run_notes(config: Config, accelerator: Accelerator) -> list[str]:
+    """What a run does otherwise than its configuration says, or its launch lets expect, one line each."""
+    train, notes = config.train, [note] if (note := ranks_note(accelerator)) else []
     shortest = min([train.epochs] if train.epochs_per_task is None else train.epochs_per_task)
     if train.warmup_epochs > WARMUP_SHARE * shortest:
         notes.append(

@@ -59,7 +59,7 @@ def run(request: Request, accelerator: Accelerator, precision: str) -> Path | No
     )
     info = run_info(components, request, folder)
     console.print(start_panel(info))
-    for line in (*notes, *run_notes(config), *data_notes(components.tasks)):
+    for line in (*notes, *run_notes(config, accelerator), *data_notes(components.tasks)):
         console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     with Progress(accelerator.is_main_process, len(components.tasks), console=console) as progress:
         experiment = Experiment(components, folder, progress, resumed)

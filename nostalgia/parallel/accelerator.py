@@ -65,12 +65,19 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
 
     ``precision``: ``64``, ``32``, ``tf32`` (float32 with TF32 matrix products), ``bf16`` or ``16`` (float16 with a
     gradient scaler). Gradients are averaged over ranks by DDP or FSDP2; accumulation is the training step's own.
-    Raises UsageError for FSDP2 ranks that share a GPU.
+    Raises UsageError for FSDP2 ranks that share a GPU, or that are to leave GPUs alone which they see.
     """
     cpu = launch.device_type == "cpu"
+    if cpu and launch.fsdp and torch.cuda.is_available():
+        raise UsageError(
+            "FSDP with train.accelerator=cpu where a GPU is visible: its shards would go to the GPU; hide it "
+            "(CUDA_VISIBLE_DEVICES=), or leave train.accelerator=auto"
+        )
     if cpu:
         # Accelerate only forms a CPU group when this says so, whatever launched the process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:  # what cuBLAS asks for with experiment.deterministic, before it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_float32_products(tf32=precision == "tf32")
     shared_card = not cpu and _ranks_share_a_card()
     if shared_card and launch.fsdp:
@@ -96,6 +103,16 @@ def make_accelerator(launch: LaunchInfo, precision: str, timeout_minutes: float 
     if plugin is not None and cpu:
         enable_fsdp_on_cpu(plugin)
     return accelerator
+
+
+def ranks_note(accelerator: Accelerator) -> str:
+    """A line where GPUs talk by gloo, as they do where processes share one; else empty."""
+    if accelerator.device.type != "cuda" or accelerator.num_processes == 1 or torch.distributed.get_backend() == "nccl":
+        return ""
+    return (
+        f"{accelerator.num_processes} processes see {torch.cuda.device_count()} GPU: they talk by gloo, slower than NCCL; "
+        "where each has a GPU of its own, let all see all of the machine's (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _ranks_share_a_card() -> bool:

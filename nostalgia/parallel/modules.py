@@ -82,7 +82,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     return _Copy(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")).of(inner)
 
 
-def normalise_alone(layer: nn.Module) -> None:
+def normalise_alone(layer: _BatchNorm) -> None:
     """Let a batch norm take its own batch's statistics: `nn.SyncBatchNorm` would wait for other ranks, and refuses tensors
     that are on no GPU. ``vars(layer).pop("forward")`` takes it back."""
     vars(layer)["forward"] = partial(_BatchNorm.forward, layer)

@@ -44,7 +44,8 @@ class Lion(Optimizer):
 
     def _step(self, parameters: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         for p in parameters:
-            self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            if "exp_avg" not in self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
         gradients = [p.grad for p in parameters if p.grad is not None]
         moments: list[Tensor] = [self.state[p]["exp_avg"] for p in parameters]
         direction = torch._foreach_lerp(moments, gradients, 1 - betas[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_each_method_runs_in_bf16(tmp_path: Path, name: str) -> None:
     words += ["train.accelerator=gpu", "train.precision=bf16", "curvature.num_samples=32", "nostalgia.top_k=4"]
     done = run_train([*words, "--run-dir", str(tmp_path / "run")], environment=ONE_CARD)
     assert done.codes == [0], done.stderr
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("network", [(), ("model=resnet18", "model.pretrained=false")], ids=["vit", "batch_norm"])
+def test_one_card_begins_and_two_go_on(tmp_path: Path, network: tuple[str, ...]) -> None:
+    """Over NCCL, where batch norms are synchronised."""
+    words = ["method=kronecker", *METHODS["kronecker"], *SHORT, "train.accelerator=gpu", *network]
+    two_cards = {**ONE_CARD, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")}
+    codes = Soak(tmp_path, "single", 1, words, ONE_CARD).launch(tmp_path / "run", kill=(0, 60)).wait().codes
+    assert codes == [-signal.SIGKILL]
+    done = Soak(tmp_path, "ddp", 1, words, two_cards).launch(tmp_path / "run").wait()
+    assert done.codes == [0, 0], done.stderr
 
 
 @pytest.mark.timeout(300)
