@@ -216,22 +216,17 @@ class VectorSpace:
         parts = self._gather_flat(x).split(self.layout.numels)
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
+    @torch.no_grad()
     def scatter(self, tensors: Sequence[Tensor]) -> Tensor:
         """Sum whole, parameter-shaped tensors over ranks; this rank's part (L,) of it: one reduce-scatter."""
         if self.world_size == 1:
             return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
-        padded = self.layout.padded
-        send = torch.zeros(self.world_size * padded, dtype=self.dtype, device=self.device)
-        flats = [t.reshape(-1) for t in tensors]
-        for rank, intervals in enumerate(self.layout.intervals):
-            position = rank * padded
-            for flat, (low, high) in zip(flats, intervals, strict=True):
-                send[position : position + high - low] = flat[low:high]
-                position += high - low
-        received = send.new_empty(padded)
-        _reduce_scatter(received, send, group=self.group)
+        send = torch.zeros(self.world_size, self.layout.padded, dtype=self.dtype, device=self.device)
+        self.layout.spread([t.reshape(-1) for t in tensors], send)
+        received = send.new_empty(self.layout.padded)
+        _reduce_scatter(received, send.view(-1), group=self.group)
         self._count_large(send)
-        return received[: self.local_size]
+        return self.layout.narrowed(received, self.rank)
 
     @torch.no_grad()
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -350,22 +345,10 @@ class VectorSpace:
         """The whole flat vector (P,) of x (L,)."""
         if self.world_size == 1:
             return x
-        padded, send = self.layout.padded, x
-        if self.local_size < padded:
-            send = x.new_zeros(padded)
-            send[: self.local_size] = x
-        received = x.new_empty(self.world_size * padded)
-        _all_gather(received, send.contiguous(), group=self.group)
+        received = x.new_empty(self.world_size, self.layout.padded)
+        _all_gather(received.view(-1), self.layout.widened(x, self.rank).contiguous(), group=self.group)
         self._count_large(received)
-        if self.placement == "sliced":
-            return received[: self.size]
-        flat = x.new_empty(self.size)
-        for rank in range(self.world_size):
-            position = rank * padded
-            for start, stop in self.layout.flat_ranges(rank):
-                flat[start:stop] = received[position : position + stop - start]
-                position += stop - start
-        return flat
+        return self.layout.collect(received)
 
     def _count_large(self, buffer: Tensor) -> None:
         self.traffic.large += 1

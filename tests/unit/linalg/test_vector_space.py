@@ -26,6 +26,20 @@ def test_every_number_is_held_once(shapes, world_size, placement):
     assert layout.padded == max(layout.local_sizes)
 
 
+@settings(max_examples=100, deadline=None)
+@given(shapes=SHAPES, world_size=st.integers(1, 7), placement=st.sampled_from(["sliced", "sharded"]))
+def test_buffers_of_collectives_hold_each_rank_s_part(shapes, world_size, placement):
+    layout = Layout([torch.Size(shape) for shape in shapes], placement, world_size)
+    whole = torch.arange(1.0, layout.size + 1)
+    buffer = torch.zeros(world_size, layout.padded)
+    layout.spread(whole.split(layout.numels), buffer)
+    assert torch.equal(layout.collect(buffer), whole)
+    for rank, row in enumerate(buffer):
+        own = torch.cat([whole[:0], *(whole[low:high] for low, high in layout.flat_ranges(rank))])
+        assert torch.equal(layout.narrowed(row, rank), own)
+        assert torch.equal(layout.widened(own, rank), row)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 7, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_shards_are_those_of_torch_chunk(rows, world_size):
