@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,9 +34,14 @@ class View:
 
     def normalise_(self, images: Tensor) -> Tensor:
         """Numbers in [0, 1] as the network wants them, in place."""
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=images.dtype, device=images.device)[:, None, None]
+        mean, std = (_channels(values, images.dtype, images.device) for values in (self.mean, self.std))
         return images.sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number a channel (3, 1, 1), once on each device: a transfer a batch would make a GPU wait."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 class Prepared:

@@ -159,7 +159,8 @@ class TaskLoader:
             batch.images = self.augmentation.batch(batch.images, batch.indices, batch.tasks, epoch)
         batch.images = self.view.normalise_(self.images.shifted(batch.images, batch.tasks))
         if self._heads is not None:
-            batch.tasks = self._heads.to(batch.tasks.device)[batch.tasks]
+            self._heads = self._heads.to(batch.tasks.device)
+            batch.tasks = self._heads[batch.tasks]
         return batch
 
     def _workers(self, num_workers: int) -> DataLoader[Any]:
@@ -248,12 +249,16 @@ def stable_seed(*parts: object) -> int:
 
 def _as_batch(images: Prepared, view: View, indices: Tensor, pixels: Tensor, count: int) -> Batch:
     """The first ``count`` rows are valid."""
+    numbers = torch.stack([images.labels[indices], indices, images.tasks[indices]])
+    if view.device.type == "cuda":
+        numbers = numbers.pin_memory()
+    labels, own, tasks = numbers.to(view.device, non_blocking=True)  # one transfer, which nobody waits for
     return Batch(
         images=pixels,
-        labels=images.labels[indices].to(view.device),
+        labels=labels,
         weights=(torch.arange(len(indices), device=view.device) < count).to(view.dtype),
-        indices=indices.to(view.device),
-        tasks=images.tasks[indices].to(view.device),
+        indices=own,
+        tasks=tasks,
     )
 
 

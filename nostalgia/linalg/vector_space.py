@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ class VectorSpace:
         collective = placement != "local" and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if collective else 0
         self.world_size = dist.get_world_size(group) if collective else 1
-        self.layout = Layout(self.shapes, placement, self.world_size)
+        self.layout = _layout(self.shapes, placement, self.world_size)
         self.size = self.layout.size
         self.local_size = self.layout.local_sizes[self.rank]
         self.traffic = Traffic()
@@ -353,6 +354,11 @@ class VectorSpace:
     def _count_large(self, buffer: Tensor) -> None:
         self.traffic.large += 1
         self.traffic.bytes += buffer.numel() * buffer.element_size()
+
+
+@lru_cache(maxsize=64)
+def _layout(shapes: tuple[torch.Size, ...], placement: str, world_size: int) -> Layout:
+    return Layout(shapes, placement, world_size)  # thousands of intervals, where there are many parameters and ranks
 
 
 def _mixed_seed(seed: int, index: int) -> int:

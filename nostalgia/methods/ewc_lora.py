@@ -12,7 +12,7 @@ from torch import Tensor
 from nostalgia.curvature.fisher import LABELS, layer_fisher
 from nostalgia.errors import UsageError
 from nostalgia.methods.base import Method, TaskContext
-from nostalgia.models.adapters import Adapter, adapters_of, scalings
+from nostalgia.models.adapters import Adapter, adapters_of, matrices, scalings
 from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
 from nostalgia.parallel.modules import inner_module
@@ -55,11 +55,10 @@ class EwcLora(Method):
     def gradients(self) -> None:
         if not self.fisher or self.config.strength == 0:
             return
-        for name, adapter in self.adapters.items():
-            a, b = adapter.whole()
+        for name, (a, b) in matrices(self.adapters).items():
             scaling = self.scalings[name]
             force = self.config.strength * scaling**2 * self.fisher[name] * (b @ a)  # dR/d(B A)
-            adapter.add_gradients(b.T @ force, force @ a.T)
+            self.adapters[name].add_gradients(b.T @ force, force @ a.T)
 
     def end_task(self, task: TaskContext) -> None:
         assert isinstance(task.model, TaskModel)

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from nostalgia.errors import UsageError
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.backbones import has_adapters
 from nostalgia.models.seeding import seeded
+from nostalgia.parallel.tensors import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -213,16 +214,17 @@ class Adapter:
     a: nn.Parameter  # (r, i), whole or a shard; (r, i, k, k) of a convolution
     b: nn.Parameter  # (o, r); (o, r, 1, 1)
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """A (r, i) and B (o, r) as matrices, gathered where they are shards: a collective."""
-        a, b = (p.full_tensor() if isinstance(p, DTensor) else p for p in (self.a, self.b))
-        return a.detach().flatten(1), b.detach().flatten(1)
-
     def add_gradients(self, of_a: Tensor, of_b: Tensor) -> None:
         """Add whole gradients (r, i) and (o, r) to those of A and B, which may be shards or frozen."""
         for parameter, change in ((self.a, of_a), (self.b, of_b)):
             if parameter.requires_grad:
                 add_gradient(parameter, change.view(parameter.shape))
+
+
+def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, i) and B (o, r) of each, whole: one all-gather where they are shards."""
+    whole = iter(gathered([p for adapter in adapters.values() for p in (adapter.a, adapter.b)]))
+    return {name: (next(whole).flatten(1), next(whole).flatten(1)) for name in adapters}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Every function is a collective: all ranks call it, with the same names in the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ def placed_as(value: Tensor, parameter: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of ``tensor``, no copy and apart from autograd: its shard of a DTensor, else all of it."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@torch.no_grad()
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each of ``tensors`` whole on every rank, apart from autograd: shards of FSDP2 by one all-gather of them all."""
+    shards = {str(place): tensor for place, tensor in enumerate(tensors) if isinstance(tensor, DTensor)}
+    if not shards:
+        return [tensor.detach() for tensor in tensors]
+    space = VectorSpace.of(shards)
+    whole = dict(zip(shards, space.gather(space.take(shards.values())), strict=True))
+    return [whole[str(place)].to(t.dtype) if str(place) in whole else t.detach() for place, t in enumerate(tensors)]
 
 
 @torch.no_grad()

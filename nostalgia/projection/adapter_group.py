@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nostalgia.models.adapters import add_gradient
+from nostalgia.parallel.tensors import gathered
 
 
 @dataclass
@@ -75,8 +76,11 @@ def adapter_groups(layers: Sequence[LayerTerms], reference: Mapping[str, Tensor]
 
 
 def stacked(layers: Sequence[LayerTerms], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A (L, r, i) and B (L, o, r) of ``layers``; a gather where they are shards."""
-    a, b = (torch.stack([whole(tensors[layer.parameters[side]]).flatten(1) for layer in layers]) for side in (0, 1))
+    """A (L, r, i) and B (L, o, r) of ``layers``; one all-gather where they are shards."""
+    whole = gathered([tensors[layer.parameters[side]] for side in (0, 1) for layer in layers])
+    a, b = (
+        torch.stack([matrix.flatten(1) for matrix in side]) for side in (whole[: len(layers)], whole[len(layers) :])
+    )
     return a, b
 
 

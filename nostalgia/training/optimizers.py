@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from nostalgia.errors import UsageError
@@ -64,6 +65,7 @@ class OptimizerKind:
     states: int  # numbers kept a parameter, rounded
     sharded: bool = True  # works on FSDP2's shards
     fused_on_cpu: bool = False  # one kernel for all parameters; on a GPU torch has its own choice, and gradient scaling
+    foreach: bool = False  # takes ``foreach``
 
     @property
     def metric_known(self) -> bool:
@@ -74,8 +76,8 @@ class OptimizerKind:
 # Adafactor (Shazeer and Stern 2018) keeps second moments by row and column and scales each step by the size of its tensor: no
 # diagonal metric is declared, and what it keeps of a matrix is of the whole one.
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(AdamW, ("betas",), states=2, fused_on_cpu=True),
-    "sgd": OptimizerKind(SGD, ("momentum",), states=1),  # fused, it knows no shards (torch 2.14)
+    "adamw": OptimizerKind(AdamW, ("betas",), states=2, fused_on_cpu=True, foreach=True),
+    "sgd": OptimizerKind(SGD, ("momentum",), states=1, foreach=True),  # fused, it knows no shards (torch 2.14)
     "lion": OptimizerKind(Lion, ("betas",), states=1),
     "adafactor": OptimizerKind(Adafactor, (), states=0, sharded=False),
 }
@@ -88,6 +90,8 @@ def make_optimizer(model: nn.Module, name: str, options: Mapping[str, Any]) -> O
     parameters = [p for p in model.parameters() if p.requires_grad]
     if kind.fused_on_cpu and all(p.device.type == "cpu" for p in parameters):
         taken["fused"] = True
+    elif kind.foreach and any(isinstance(p, DTensor) for p in parameters):
+        taken["foreach"] = True  # by themselves torch's would go through shards one by one
     return kind.make(parameters, **taken)
 
 

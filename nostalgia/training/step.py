@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nostalgia.data.stream import Batch, Step
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.methods.base import Method
 from nostalgia.models.objective import Output
+from nostalgia.parallel.tensors import local
 from nostalgia.training.overhead import OverheadClock
 
 LEAST_SCALE = 1.0  # of the float16 loss: 17 steps skipped in a row, from Accelerate's first scale
@@ -91,12 +93,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     Accelerate's own clipping would unscale float16 gradients a second time.
     """
-    trained = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, full)
-    return float(full)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    if sharded:  # what of them lies here, all at once: as DTensors each would be dispatched by itself
+        squared = torch.nn.utils.get_total_norm([local(g) for g in sharded]).square()
+        torch.distributed.all_reduce(squared, group=sharded[0].device_mesh.get_group())
+        norm = (squared + norm.to(squared).square()).sqrt()
+    if max_norm is not None and gradients:
+        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)
 
 
 def _non_finite(accelerator: Accelerator, step: Step, losses: list[Tensor], grad_norm: float) -> str:
