@@ -114,7 +114,7 @@ class Eigenspace:
         placement = memory.place(space)
         copies = space.world_size if placement.replicated else 1
         text = f"at most {columns} directions of {space.size:,} numbers, {placement}"
-        return MemoryPlan(columns * space.size * itemsize * copies, text)
+        return MemoryPlan(columns * (space.size * itemsize * copies + 8), text)  # with an eigenvalue each
 
     def report(self) -> dict[str, Any]:
         """For the task's curvature file; a collective."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from nostalgia.curvature.fisher import LABELS, diagonal_fisher
 from nostalgia.linalg.block import Block
-from nostalgia.methods.base import Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty, training_space
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.methods.base import MemoryPlan, Method, TaskContext
+from nostalgia.methods.vectors import QuadraticPenalty, training_space, vectors_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -44,6 +45,8 @@ class Ewc(Method):
         self.penalty.add_gradients(self.task, self.config.strength)
 
     def end_task(self, task: TaskContext) -> None:
+        if not task.wants_curvature:
+            return
         options = self.config
         fisher = diagonal_fisher(
             task.model,
@@ -60,6 +63,9 @@ class Ewc(Method):
             self.penalty.set(task, weights if before is None else options.gamma * before + weights)
         else:
             self.penalty.include(task, weights)
+
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        return vectors_plan(space, 2)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

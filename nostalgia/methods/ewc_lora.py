@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nostalgia.curvature.fisher import LABELS, layer_fisher
 from nostalgia.errors import UsageError
-from nostalgia.methods.base import Method, TaskContext
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.models.adapters import Adapter, adapters_of, matrices, scalings
 from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
@@ -61,6 +62,8 @@ class EwcLora(Method):
             self.adapters[name].add_gradients(b.T @ force, force @ a.T)
 
     def end_task(self, task: TaskContext) -> None:
+        if not task.wants_curvature:
+            return
         assert isinstance(task.model, TaskModel)
         options = self.config
         found = layer_fisher(
@@ -75,6 +78,14 @@ class EwcLora(Method):
         for name, fisher in found.items():
             before = self.fisher.get(name)
             self.fisher[name] = fisher if before is None else options.gamma * before + fisher
+
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        """Of adapters whose A is trained too: that of a frozen one is in no ``space``."""
+        sides = {name: shape for name, shape in zip(space.names, space.shapes, strict=True) if ".lora_" in name}
+        inputs = {name: shape[1:].numel() for name, shape in sides.items() if ".lora_A." in name}
+        numbers = sum(sides[name.replace(".lora_A.", ".lora_B.")][0] * i for name, i in inputs.items())
+        text = f"an importance for each weight of {len(inputs)} layers" if inputs else ""
+        return MemoryPlan(world_size() * numbers * space.dtype.itemsize, text)
 
     def bytes_remembered(self) -> int:
         return world_size() * sum(f.numel() * f.element_size() for f in self.fisher.values())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nostalgia.curvature.layers import has_rows, input_rows
-from nostalgia.methods.base import Method, TaskContext
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.models.task_model import TaskModel
 from nostalgia.options import option
 from nostalgia.parallel.tensors import local, world_size
@@ -64,7 +65,7 @@ class Gpm(Method):
 
     @torch.no_grad()
     def end_task(self, task: TaskContext) -> None:
-        if self.config.threshold == 0:
+        if self.config.threshold == 0 or not task.wants_curvature:
             return
         moments = self._input_moments(task)
         for name, moment in moments.items():
@@ -105,6 +106,11 @@ class Gpm(Method):
         return {
             "span_share": sum(s.shape[1] for s in self.spans.values()) / sum(s.shape[0] for s in self.spans.values())
         }
+
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        shapes = [s for n, s in zip(space.names, space.shapes, strict=True) if n.endswith(".weight") and len(s) > 1]
+        numbers = sum(shape[1:].numel() ** 2 for shape in shapes)
+        return MemoryPlan(world_size() * numbers * space.dtype.itemsize, f"at most all inputs of {len(shapes)} layers")
 
     def bytes_remembered(self) -> int:
         return world_size() * sum(span.numel() * span.element_size() for span in self.spans.values())

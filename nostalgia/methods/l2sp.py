@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nostalgia.methods.base import Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.methods.base import MemoryPlan, Method, TaskContext
+from nostalgia.methods.vectors import QuadraticPenalty, vectors_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -39,6 +40,9 @@ class L2Sp(Method):
 
     def gradients(self) -> None:
         self.penalty.add_gradients(self.task, self.config.strength)
+
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        return vectors_plan(space, 1)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nostalgia.linalg.block import Block
-from nostalgia.methods.base import Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty, gradients_of, training_space
+from nostalgia.linalg.vector_space import VectorSpace
+from nostalgia.methods.base import MemoryPlan, Method, TaskContext
+from nostalgia.methods.vectors import QuadraticPenalty, gradients_of, training_space, vectors_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -75,6 +76,9 @@ class SynapticIntelligence(Method):
     @staticmethod
     def _parameters(task: TaskContext) -> Tensor:
         return training_space(task).take(p.detach() for p in task.parameters.values())
+
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+        return vectors_plan(space, 2)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.methods.base import TaskContext
-from nostalgia.parallel.tensors import local
+from nostalgia.methods.base import MemoryPlan, TaskContext
+from nostalgia.parallel.tensors import local, world_size
 
 
 def training_space(task: TaskContext) -> VectorSpace:
@@ -25,6 +25,13 @@ def gradients_of(task: TaskContext) -> list[Tensor]:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     return [p.grad for p in task.parameters.values() if p.grad is not None]
+
+
+def vectors_plan(space: VectorSpace, count: int) -> MemoryPlan:
+    """Of a method that keeps ``count`` vectors of the `training_space`, where ``space`` is the run's."""
+    copies = 1 if space.placement == "sharded" else world_size()
+    what = "a vector" if count == 1 else f"{count} vectors"
+    return MemoryPlan(count * space.size * space.dtype.itemsize * copies, f"{what} of {space.size:,} numbers")
 
 
 @torch.no_grad()

@@ -41,3 +41,30 @@ def test_the_tail_s_factors_are_counted(tmp_path: Path, words: list[str]) -> Non
     plan = memory_plan(run, run.method)
     assert kept <= plan.bytes <= 1.02 * kept, (kept, plan)
     assert "Kronecker factors of " in plan.text
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [
+        ("ewc", 1.0),
+        ("si", 1.0),
+        ("l2sp", 1.0),
+        ("averaging", 1.0),
+        ("ewc_lora", 1.0),
+        ("nostalgia_ewc", 2.0),
+        ("gpm", 20.0),
+    ],
+)
+def test_what_a_method_keeps_is_within_its_plan(tmp_path: Path, method: str, bound: float) -> None:
+    lora = ["model.use_lora=true", "model.lora.r=2"] if method == "ewc_lora" else []
+    words = [*WORDS, f"method={method}", *lora]
+    config = parse(words).config
+    complete_method(config)
+    run = build_components(config, Accelerator(cpu=True), "32")
+    plan = memory_plan(run, run.method)
+    done = run_train([*words, "--run-dir", str(tmp_path / "run")])
+    assert done.codes == [0], done.stderr
+    kept = json.loads((tmp_path / "run" / "results" / "results.json").read_text())["memory_bytes"]
+    assert 0 < kept <= plan.bytes <= bound * kept, (kept, plan)
+    assert plan.text
