@@ -120,10 +120,12 @@ class Nostalgia(Method):
             self._fraction = self.projector.project_soft() if soft else self.projector.project_gradients()
 
     def step(self, optimizer: Optimizer) -> None:
-        if self.projector is None:
-            optimizer.step()
+        if self.projector is not None and self.config.project == "constrained":
+            self.projector.constrain_step(optimizer)
+        elif self.projector is not None and self.config.project == "displacement":
+            self.projector.displace_step(optimizer)
         else:
-            self.projector.step(optimizer, self.config.project)
+            optimizer.step()
 
     def end_task(self, task: TaskContext) -> None:
         self.projector = None  # a checkpoint within the solve has no use for it

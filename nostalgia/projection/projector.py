@@ -131,15 +131,6 @@ class GradientProjector:
         if self.active:
             self._correct()
 
-    def step(self, optimizer: Optimizer, project: str) -> None:
-        """``optimizer.step()``, corrected as ``project`` says: constrained, displacement, or not at all."""
-        if project == "constrained":
-            self.constrain_step(optimizer)
-        elif project == "displacement":
-            self.displace_step(optimizer)
-        else:
-            optimizer.step()
-
     @torch.no_grad()
     def leak(self) -> float | None:
         """|part of theta - a in the span of the stored Q| / |theta - a|; None without a memory or a displacement."""

@@ -147,7 +147,8 @@ class Distributed:
         fraction = self.projector.project_gradients()
         gradient = whole(p.grad for p in self.parameters.values())
         norm = clip_gradients(self.model.parameters(), MAX_NORM)
-        self.projector.step(self.optimizer, self.project)
+        steps = {"constrained": self.projector.constrain_step, "displacement": self.projector.displace_step}
+        steps.get(self.project, lambda optimizer: optimizer.step())(self.optimizer)
         return {
             "gradient": gradient,
             "fraction": fraction,
