@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.products`, `bench.solvers`, `bench.projection`, `bench.pipeline`, each with --help."""
+"""Benchmarks and studies, each a command with --help: `docs/benchmarks.md`, `docs/results.md`."""

@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 All other words are those of nostalgia.train. A run's folder is <experiment.output_dir>/<method>/seed<seed>, and
 its output is in seed<seed>.log beside it. What is complete is skipped and what was interrupted goes on, so the
 same line can be given again. Each run is started as by launch/ddp.sh: NPROC processes, or one a GPU. Exit codes:
-0 all runs are complete, 2 wrong usage, 4 some failed, 75 interrupted.
+0 all runs are complete, 2 wrong usage, 3 data or weights not found, 4 some failed, 75 interrupted.
 """
 OURS = ("--run-dir", "--resume", "method", "method.name", "experiment.seed")  # words the sweep chooses itself
 # What a run may change when it resumes, but not beside others: the batch, and what computes.

@@ -21,8 +21,6 @@ from nostalgia.analysis.figure_style import (
 from nostalgia.analysis.run_figure import TRAINING, RunFigure
 from nostalgia.logging.csv_log import Record
 
-DASH = {"train": "-", "warmup": ":"}
-
 
 def train_loss(metrics: Sequence[Record]) -> Figure:
     """Training loss of each logged step, its moving average, and the validation loss after each epoch."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nostalgia.checkpoint.files import Block, write_block
+from nostalgia.checkpoint.files import BlockFile, write_block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.parallel import tensors
 
@@ -24,7 +24,7 @@ def save_block(path: Path, block: Tensor, space: VectorSpace) -> str:
 
 def load_block(path: Path, space: VectorSpace) -> Tensor:
     """A block (m, P_local) in the dtype it was saved in; raises NotFoundError, on rank 0, where it does not fit."""
-    block = Block(path, space.size) if tensors.is_main() else None
+    block = BlockFile(path, space.size) if tensors.is_main() else None
     count, dtype = tensors.broadcast_object(None if block is None else (block.count, str(block.dtype)))
     rows = None if block is None else iter(block)
     return tensors.rows_from_main(rows, count, getattr(torch, dtype.removeprefix("torch.")), space)

@@ -138,7 +138,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-class Block:
+class BlockFile:
     """A block (m, ``width``) that `write_block` wrote, read row by row.
 
     Raises NotFoundError where it is none, and for a value that is not finite.

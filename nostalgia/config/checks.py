@@ -120,14 +120,11 @@ def _check_tasks(config: Config) -> None:
             f"train.epochs_per_task={train.epochs_per_task} with method=joint, which trains once on all tasks: give "
             "train.epochs"
         )
-    if train.epochs_per_task is not None:
-        if len(train.epochs_per_task) != count:
-            raise UsageError(
-                f"train.epochs_per_task={train.epochs_per_task} has {len(train.epochs_per_task)} entries for "
-                f"{count} tasks; give one a task"
-            )
-        if min(train.epochs_per_task) < 1:
-            raise UsageError(f"train.epochs_per_task={train.epochs_per_task}: allowed is 1 or more each")
+    if train.epochs_per_task is not None and len(train.epochs_per_task) != count:
+        raise UsageError(
+            f"train.epochs_per_task={train.epochs_per_task} has {len(train.epochs_per_task)} entries for "
+            f"{count} tasks; give one a task"
+        )
 
 
 def _check_conflicts(config: Config) -> None:

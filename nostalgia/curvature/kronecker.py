@@ -12,7 +12,7 @@ they see. Parameters that are no weight of such a layer (biases, norms, embeddin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,6 @@ class KroneckerFactors:
     values: dict[str, Tensor]
     space: VectorSpace
     num_samples: int
-    products: int = field(default=0)
     temperature: float = 1.0  # of the output metric: at another one than 1 it is not the loss's curvature
 
     @property

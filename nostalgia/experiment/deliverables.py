@@ -32,5 +32,5 @@ def write_deliverables(
         skipped = tuple(drawn.skipped)
         paths |= {"figures": folder / "results" / "figures", "report": write_report([folder], own_figures=own)}
     print_final(console, results, paths)
-    if skipped:  # `plot_all` says why of each
+    if skipped:  # `nostalgia.figures` says why of each
         console.print(f"nothing to draw for  {', '.join(skipped)}", highlight=False)

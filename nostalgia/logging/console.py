@@ -55,7 +55,7 @@ class TaskInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """A run as the start panel shows it. Counts are of numbers, memory in bytes per rank."""
+    """A run as the start panel shows it. Counts are of numbers, memory in bytes over all ranks."""
 
     method: str
     seed: int

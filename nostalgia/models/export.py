@@ -48,7 +48,7 @@ def export(
     - ``adapters/`` (LoRA): a PEFT folder: ``PeftModel.from_pretrained(backbone, "adapters")``;
     - ``backbone_merged/`` (LoRA): both in one, for tools that do not know adapters;
     - ``heads.safetensors``, ``classes.json``, ``norm_statistics.safetensors`` (``<task>/<buffer>``),
-      ``README.md``.
+      ``transforms.json`` (of tasks with domain shifts), ``README.md``.
     """
     folder = Path(folder)
     partial = _aside(folder, "tmp")

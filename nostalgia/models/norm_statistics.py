@@ -22,8 +22,6 @@ from nostalgia.models.backbone import Backbone
 from nostalgia.parallel.modules import normalise_alone
 from nostalgia.utils.tensor_files import read_tensors
 
-POLICIES = ("per_task", "frozen", "shared")
-
 
 def has_batch_norm(backbone: nn.Module) -> bool:
     """Whether ``backbone`` keeps running statistics."""

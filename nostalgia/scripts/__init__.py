@@ -1,1 +1,1 @@
-"""Commands on finished runs."""
+"""Commands of the launch scripts, and on finished runs."""

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from nostalgia.analysis.compare import compare
 from nostalgia.analysis.report.page import write_report
 from nostalgia.analysis.run_folder import read_curvature, read_run
-from nostalgia.checkpoint.files import Block, read_manifest
+from nostalgia.checkpoint.files import BlockFile, read_manifest
 from nostalgia.config import parse, save
 from nostalgia.errors import NostalgiaError, NotFoundError, UsageError
 from nostalgia.logging.csv_log import read_log
@@ -101,7 +101,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "metrics": ("metrics.csv", read_log),
     "heads": ("heads.safetensors", load_heads),
     "statistics": ("norm.safetensors", norm_statistics.load_statistics),
-    "basis": ("basis.safetensors", lambda file: list(Block(file, 7))),
+    "basis": ("basis.safetensors", lambda file: list(BlockFile(file, 7))),
     "classes": ("classes.json", lambda file: load_classes(file.parent)),
 }
 COUNTS = {"config": 40}  # composing takes its time

@@ -1,4 +1,4 @@
-"""Words and number formats of the reports: captions of the figures, definitions, texts of numbers."""
+"""Words and number formats of the reports: definitions, texts of numbers."""
 
 from __future__ import annotations
 

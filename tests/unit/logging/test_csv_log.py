@@ -71,3 +71,9 @@ def test_damaged_logs_are_named(tmp_path: Path, text: str, line: str) -> None:
 def test_older_logs_with_fewer_columns_are_read(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step, loss\n1,0.5\n")
     assert read_log(tmp_path / "log.csv") == [{"step": 1.0, "loss": 0.5}]
+
+
+def test_the_documents_name_every_column() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "runs.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| `metrics.csv` |")]
+    assert row.split("|")[2].split(":")[0].strip().split(", ") == list(METRICS_COLUMNS)
