@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from nostalgia.config import Config, free_keys, parse
+from nostalgia.config import Config, parse
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import absolute_paths
-from nostalgia.experiment.method_choice import complete_method
+from nostalgia.experiment.method_choice import changes, complete_method
 from nostalgia.logging.results import RunResults, read_results
 from nostalgia.logging.streams import make_console
 from nostalgia.methods.loading import method_class, method_code
@@ -165,32 +163,22 @@ def is_complete(folder: Path, config: Config) -> bool:
             f"{folder}: holds a finished run of other settings ({'; '.join(changed[:3])}); name another "
             "experiment.output_dir, or remove it"
         )
-    return not _unfinished(folder, _flat(saved))
+    return not _unfinished(folder, saved)
 
 
 def _unfinished(folder: Path, saved: Mapping[str, Any]) -> bool:
     """Whether the run ended while it wrote what it leaves beside its results, and can go on from a checkpoint to write it."""
-    wanted = [folder / "export"] if saved.get("experiment.export") else []
-    wanted += [folder / "results" / "report.html"] if saved.get("logger.report") else []
+    wanted = [folder / "export"] if saved["experiment"].get("export") else []
+    wanted += [folder / "results" / "report.html"] if saved.get("logger", {}).get("report") else []
     return not all(path.exists() for path in wanted) and any((folder / "checkpoints").glob("0*"))
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What differs between a saved configuration and ``config`` and matters, a text each."""
-    asked = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
-    had = _flat(saved)
-    free = (free_keys() | {"experiment.export"}) - OF_THE_NUMBERS
-    keys = [key for key in sorted(asked | had) if key not in free]
-    if asked.get("train.precision") == "auto":  # a run records what it became
-        keys.remove("train.precision")
-    return [f"{key} was {had.get(key)}, is {asked.get(key)}" for key in keys if had.get(key) != asked.get(key)]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    return {k: v for key in values for k, v in _flat(values[key], f"{prefix}.{key}" if prefix else str(key)).items()}
+    found = changes(saved, config, fixed=OF_THE_NUMBERS)
+    if config.train.precision == "auto":  # a run records what it became
+        found = [text for text in found if not text.startswith("train.precision was ")]
+    return found
 
 
 def show(cells: Sequence[Cell], options: Options, console: Any) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|private)_?key)s?$", re.IGNORECASE)
-OF_THE_RUN_ALONE = ("experiment.seed", "experiment.output_dir", "logger.")  # differ between runs that are repeats
+OF_THE_RUN_ALONE = (  # differ between runs that are repeats
+    "experiment.seed", "experiment.output_dir", "experiment.export", "dataset.root", "dataset.num_workers", "logger.",
+)  # fmt: skip
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -45,7 +45,9 @@ class ExperimentConfig:
         free=True,
     )
     export: bool = option(
-        True, "Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters)."
+        True,
+        "Leave the trained model in the run's folder, under export/: a copy of the backbone (two with adapters).",
+        free=True,
     )
     deterministic: bool = option(False, "Deterministic kernels only (slower on GPUs).")
 
@@ -142,7 +144,7 @@ class CurvatureConfig:
         2, "Of solver=rows: random output cotangents a sample; all outputs where the network has no more.", low=1
     )
     rows_budget_bytes: int = option(
-        2**30, "Of solver=rows: gradients held on a rank, beyond which they are cut to their top.", low=1, free=True
+        2**30, "Of solver=rows: gradients held on a rank, beyond which they are cut to their top.", low=1
     )
     last_task: bool = option(
         False,

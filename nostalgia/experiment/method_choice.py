@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from nostalgia.config import free_keys
 from nostalgia.config.aliases import EVERY_METHOD
 from nostalgia.config.schema import Config, LoraConfig, ModelConfig
 from nostalgia.curvature.eigenspace import CurvatureOptions
@@ -15,6 +19,7 @@ from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.loading import BUILT_IN, hooks_note, make_method, method_class
 from nostalgia.options import nearest, read_options
 from nostalgia.training.optimizers import check_optimizer
+from nostalgia.utils.nested import flatten
 
 
 def complete_method(config: Config) -> list[str]:
@@ -80,6 +85,19 @@ def chosen_method(config: Config) -> Method:
     """The run's method, made anew."""
     options: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
     return make_method(str(config.method["name"]), options, config.experiment.seed)
+
+
+def changes(saved: Mapping[str, Any], config: Config, *, fixed: frozenset[str] = frozenset()) -> list[str]:
+    """What a run's saved configuration has otherwise than ``config`` and a result depends on, a text each.
+
+    Free are the keys and the method's options that say so, but for those ``fixed``.
+    """
+    mine = flatten(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))  # type: ignore[arg-type]
+    theirs = flatten(saved)
+    options = method_class(config.method["name"]).Config.__dataclass_fields__.items()
+    free = (free_keys() | {f"method.{name}" for name, item in options if item.metadata.get("free")}) - fixed
+    keys = [key for key in sorted(mine | theirs) if key not in free]
+    return [f"{key} was {theirs.get(key)}, is {mine.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
 
 
 def merges_adapters(config: Config, method: Method) -> bool:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from nostalgia.checkpoint import store
 from nostalgia.config import Config, Request, save
-from nostalgia.config.checks import free_keys
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.logging.trackers import flatten
-from nostalgia.methods.loading import method_class, method_code
+from nostalgia.experiment.method_choice import changes
+from nostalgia.methods.loading import method_code
 from nostalgia.parallel.coordination import from_main, on_main
 from nostalgia.training.loop import SavedPhase
 from nostalgia.utils.versions import versions
@@ -143,12 +141,7 @@ def _unused(parent: Path) -> Path:
 
 def _compare(config: Config, saved: dict[str, Any], override: bool) -> None:
     """Raise UsageError naming what differs from the run's configuration and would change its result."""
-    mine = flatten(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))  # type: ignore[arg-type]
-    theirs = flatten(saved)
-    options = method_class(config.method["name"]).Config.__dataclass_fields__.items()
-    free = free_keys() | {f"method.{name}" for name, item in options if item.metadata.get("free")}
-    keys = [key for key in sorted(mine | theirs) if key not in free]
-    changed = [f"{key} was {theirs.get(key)}, is {mine.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
+    changed = changes(saved, config)
     if changed and not override:
         raise UsageError(
             f"--resume: {'; '.join(changed[:5])}: this would not be the same run; leave it as it was, or give "

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from nostalgia.logging.csv_log import MEMORY_COLUMNS, CsvLog
 from nostalgia.logging.log_position import log_position, rewind_logs, sync_logs
 from nostalgia.logging.results import RunResults
-from nostalgia.logging.trackers import Forgiving, Warn, flatten, make_trackers
+from nostalgia.logging.trackers import Forgiving, Warn, make_trackers
+from nostalgia.utils.nested import flatten
 
 MEGABYTE = 2.0**20
 

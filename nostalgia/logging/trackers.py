@@ -7,7 +7,6 @@ so in one line and is left out from then on: no measurement is worth the trainin
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 import warnings
@@ -163,19 +162,6 @@ def check_there(path: Path) -> None:
     """Raise OSError where a file or folder was taken away: what is written into it would be lost without a word."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there any more")
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, lists as JSON text: trackers take numbers, text and booleans only."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            flat[f"{prefix}{key}"] = "null" if value is None else value
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, default=str)
-    return flat
 
 
 def wandb_tracker(

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 from omegaconf import OmegaConf
 
 from nostalgia import sweep as command
-from nostalgia.config import parse, save
+from nostalgia.config import Config, parse, save
 from nostalgia.errors import UsageError
 from nostalgia.experiment.method_choice import complete_method
 from nostalgia.sweep_runner import Job, Sweep, gpu_slots, run_environment
@@ -156,16 +157,20 @@ def test_a_run_that_ended_while_it_wrote_its_export_goes_on(tmp_path: Path) -> N
 
 
 def test_what_changes_no_number_of_a_finished_run_is_not_another_setting(tmp_path: Path) -> None:
-    words = ["--suite", "demo", f"experiment.output_dir={tmp_path}"]
-    saved = OmegaConf.to_container(OmegaConf.structured(parse(words).config), resolve=True)
-    assert isinstance(saved, dict)
+    def whole(*more: str) -> Config:
+        config = parse(["--suite", "demo", "method=nostalgia", f"experiment.output_dir={tmp_path}", *more]).config
+        complete_method(config)
+        return config
+
+    saved: Any = OmegaConf.to_container(OmegaConf.structured(whole()), resolve=True)
 
     def changed(*more: str) -> list[str]:
-        return [text.partition(" ")[0] for text in command.differences(saved, parse([*words, *more]).config)]
+        return [text.partition(" ")[0] for text in command.differences(saved, whole(*more))]
 
     free = ("train.guard_every_n_steps=7", "experiment.export=false", "logger.report=false", "train.keep_checkpoints=5")
-    assert changed("experiment.name=other", *free) == []
+    assert changed("experiment.name=other", "method.basis_placement=sharded", *free) == []
     assert changed("dataset.batch_size=7", "train.lr=1") == ["dataset.batch_size", "train.lr"]
+    assert changed("curvature.rows_budget_bytes=9") == ["curvature.rows_budget_bytes"]
 
 
 def test_runs_are_of_the_interpreter_that_the_sweep_is_of(monkeypatch: pytest.MonkeyPatch) -> None:

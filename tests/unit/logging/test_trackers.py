@@ -13,7 +13,8 @@ from accelerate.tracking import GeneralTracker
 
 from nostalgia.logging.csv_log import MEMORY_COLUMNS, METRICS_COLUMNS, read_log
 from nostalgia.logging.run_log import RunLog
-from nostalgia.logging.trackers import Forgiving, flatten
+from nostalgia.logging.trackers import Forgiving
+from nostalgia.utils.nested import flatten
 from tests.unit.analysis.folders import results
 
 
