@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nostalgia import config as configuration
-from nostalgia import train
+from nostalgia.command import run_command
 from nostalgia.config import Config
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.utils.arguments import CommandParser
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
         remeasure(request, accelerator, precision)
 
-    return train.main(argv, parse=parse, run=run)
+    return run_command(argv, parse, run)
 
 
 if __name__ == "__main__":

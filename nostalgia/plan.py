@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nostalgia import config as configuration
-from nostalgia import train
 from nostalgia.analysis.scale_model import Cluster
+from nostalgia.command import run_command
 from nostalgia.config import Config
 from nostalgia.config.checks import gpu_precision
 from nostalgia.errors import UsageError
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
         plan(request.config, request.cluster, accelerator, precision, request.precision)
 
-    return train.main(argv, parse=parse, run=run)
+    return run_command(argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 # What an import in C++ does with KeyboardInterrupt: it comes out as another error.
 INTERRUPTED = """
 import os, signal, sys, time
-from nostalgia import train
+from nostalgia.command import run_command
 from nostalgia.utils.arguments import ended
 
 def importing(argv):
@@ -24,7 +24,7 @@ sys.exit({command})
 """
 
 
-@pytest.mark.parametrize("command", ["train.main(parse=importing)", "ended(importing, None)"])
+@pytest.mark.parametrize("command", ["run_command(None, importing, None)", "ended(importing, None)"])
 def test_an_interrupt_in_the_middle_of_an_import_is_one_line(command: str) -> None:
     code = INTERRUPTED.format(command=command)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
