@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nostalgia.errors import UsageError
+from nostalgia.options import nearest
 
 AUGMENTATIONS = ("none", "flip", "crop_flip", "shift")
 
@@ -220,10 +220,8 @@ def find(name: str, entries: Mapping[str, Any]) -> Entry | None:
 def unknown(name: str, entries: Mapping[str, Any]) -> UsageError:
     """The error for a name that is neither in the catalog nor a folder, with the nearest known name."""
     names = [*entries, *CATALOG]
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ";"
     return UsageError(
-        f"unknown dataset {name!r}{hint} it is no existing folder either. Known are "
+        f"unknown dataset {name!r}{nearest(name.lower(), names)}; it is no existing folder either. Known are "
         f"{', '.join(sorted(names))}, hf:user/name, a folder of images, or dataset.entries.<name>"
     )
 
@@ -234,9 +232,8 @@ def _user_entry(name: str, base: Entry, given: Any) -> Entry:
         raise UsageError(f"{where}={given!r}: expected keys, of {', '.join(ENTRY_KEYS)}")
     for key, value in given.items():
         if key not in ENTRY_KEYS:
-            close = difflib.get_close_matches(str(key), ENTRY_KEYS, n=1)
-            hint = f" did you mean {close[0]}?" if close else ""
-            raise UsageError(f"{where}: unknown key {key!r};{hint} allowed are {', '.join(ENTRY_KEYS)}")
+            hint = nearest(str(key), ENTRY_KEYS)
+            raise UsageError(f"{where}: unknown key {key!r}{hint}; allowed are {', '.join(ENTRY_KEYS)}")
         if key == "classes":
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{where}.classes={value!r}: allowed is a positive number")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from nostalgia.data.images import ImageDataset, Subset
 from nostalgia.data.source import Source
 from nostalgia.data.transforms import check_shifts
 from nostalgia.errors import NotFoundError, UsageError
+from nostalgia.options import nearest
 
 DEFAULT_TASKS = 2
 KEYS = ("dataset", "classes", "transform", "head")  # of an entry of the task list
@@ -245,10 +245,8 @@ def _indices(name: str, classes: Sequence[int | str], source: Source) -> list[in
         elif isinstance(c, str) and c in all_classes:
             chosen.append(all_classes.index(c))
         else:
-            close = difflib.get_close_matches(str(c), all_classes, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ";"
             raise UsageError(
-                f"{name}: class {c!r} is not in {source.name}{hint} allowed are indices 0 to "
+                f"{name}: class {c!r} is not in {source.name}{nearest(str(c), all_classes)}; allowed are indices 0 to "
                 f"{len(all_classes) - 1}, and class names"
             )
     if len(set(chosen)) != len(chosen):

@@ -8,7 +8,6 @@ Domain shifts come after it, on the device, for training, validation and curvatu
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from nostalgia.data.catalog import AUGMENTATIONS
 from nostalgia.data.resizing import Resizing
 from nostalgia.errors import UsageError
+from nostalgia.options import nearest
 
 Shift = Callable[[Tensor], Tensor]
 
@@ -54,11 +54,8 @@ def check_shifts(names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not (name in SHIFTS or _PERMUTE.fullmatch(name)):
             known = [*SHIFTS, "permute"]
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ";"
-            raise UsageError(
-                f"unknown transform {name!r}{hint} allowed are {', '.join(known)}, permute1, permute2, ..."
-            )
+            allowed = f"allowed are {', '.join(known)}, permute1, permute2, ..."
+            raise UsageError(f"unknown transform {name!r}{nearest(str(name), known)}; {allowed}")
 
 
 def shift(images: Tensor, names: Sequence[str]) -> Tensor:

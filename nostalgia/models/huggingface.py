@@ -5,7 +5,6 @@ Code from a repository is never run, and weights that lack a tensor are refused.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +33,7 @@ from nostalgia.models.image_processor import (
     triple,
 )
 from nostalgia.models.seeding import seeded
+from nostalgia.options import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,7 @@ def _scratch_config(model_id: str | None, config: Mapping[str, Any], download: b
     try:
         default = AutoConfig.for_model(kind)
     except ValueError as error:
-        near = difflib.get_close_matches(str(kind), transformers.CONFIG_MAPPING.keys(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(str(kind), transformers.CONFIG_MAPPING.keys())
         raise UsageError(f"model.config.model_type={kind} is not known to transformers{hint}") from error
     _check_architecture(default, f"model.config.model_type={kind}")
     try:
@@ -195,9 +194,8 @@ def _own_settings(default: PreTrainedConfig, config: Mapping[str, Any]) -> dict[
         raise UsageError(f"model.config.{ATTENTION_KEY}={wanted[ATTENTION_KEY]}: allowed are {', '.join(ATTENTION)}")
     for key in wanted:
         if key not in known and key != ATTENTION_KEY:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known)[:8])}, ..."
-            raise UsageError(f"model.config.{key} is not a setting of {default.model_type}: {hint}")
+            hint = nearest(key, sorted(known)) or f"; known are {', '.join(sorted(known)[:8])}, ..."
+            raise UsageError(f"model.config.{key} is not a setting of {default.model_type}{hint}")
     return wanted
 
 

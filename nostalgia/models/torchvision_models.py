@@ -6,7 +6,6 @@ bare, its tensors are loaded by name, and one that is missing is an error.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections import OrderedDict
@@ -31,6 +30,7 @@ from nostalgia.data.resizing import Resizing
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.models.backbone import Backbone, flattened
 from nostalgia.models.seeding import seeded
+from nostalgia.options import nearest
 
 HALF = (0.5, 0.5, 0.5)
 Triple = tuple[float, float, float]
@@ -65,9 +65,8 @@ def build(
     stored = _metadata(file) if file is not None else {}
     arch = arch or stored.get("arch")
     if arch not in architectures():
-        near = difflib.get_close_matches(str(arch), architectures(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(architectures())
-        raise UsageError(f"model.arch={arch} is not a classification network of torchvision: {hint}")
+        hint = nearest(str(arch), architectures()) or f"; known are {', '.join(architectures())}"
+        raise UsageError(f"model.arch={arch} is not a classification network of torchvision{hint}")
     weights = _weights(arch, model_id if pretrained and file is None else None)
     transform = weights.transforms()
     resizing = Resizing(int(stored.get("image_size", transform.crop_size[0])))
