@@ -17,7 +17,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from nostalgia.logging.files import write_atomic
+from nostalgia.utils.files import write_atomic
 
 DPI = 200
 GREY = "0.45"

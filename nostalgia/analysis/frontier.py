@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nostalgia.logging.files import write_atomic, write_json
 from nostalgia.logging.results import RunResults
+from nostalgia.utils.files import write_atomic, write_json
 
 BASELINE = "finetune"
 MARGIN = 0.005

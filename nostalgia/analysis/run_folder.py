@@ -11,8 +11,8 @@ from typing import Any, TypeGuard, TypeVar
 from nostalgia.errors import NotFoundError
 from nostalgia.evaluation import transfer
 from nostalgia.logging.csv_log import Record, read_log
-from nostalgia.logging.files import is_number, read_json
 from nostalgia.logging.results import FORGETTING, MATRIX, PER_TASK, RESULTS, RunResults, read_matrix_csv, read_results
+from nostalgia.utils.files import is_number, read_json
 from nostalgia.utils.yaml_files import read_yaml
 
 DATA = "data.json"

@@ -19,6 +19,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from nostalgia.errors import NotFoundError
+from nostalgia.utils.files import sync_folder
 
 MANIFEST = "manifest.json"
 BASIS = "basis"
@@ -163,14 +164,6 @@ class BlockFile:
             if not bool(torch.isfinite(row).all()):
                 raise NotFoundError(f"{self.path}: row {i + 1} holds values that are not finite")
             yield row
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _block_pieces(rows: Iterable[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Iterator[bytes]:

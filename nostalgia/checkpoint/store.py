@@ -23,6 +23,7 @@ from torch import Tensor
 from nostalgia.checkpoint import files
 from nostalgia.errors import NotFoundError
 from nostalgia.utils.exit_code import finish_before_leaving
+from nostalgia.utils.files import sync_folder
 
 _NAME = re.compile(r"^(\d{6,})_[A-Za-z0-9_.-]+$")
 TENSORS, STATE, BLOCKS = "tensors.safetensors", "state.json", "blocks"
@@ -114,7 +115,7 @@ class CheckpointStore:
             writer.json(STATE, contents.state)
             writer.finish({"kind": contents.kind, "label": contents.label}, contents.references)
             os.rename(aside, target)
-            files.sync_folder(self.folder)
+            sync_folder(self.folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

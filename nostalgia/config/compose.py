@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,6 +23,7 @@ from nostalgia.config.schema import Config
 from nostalgia.config.words import quoted, read_word
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.options import nearest
+from nostalgia.utils.files import write_atomic
 
 GROUPS = ("dataset", "model", "method", "train", "logger", "suite")
 FREE_KEYS = ("model.config", "dataset.entries")  # what stands below them is the user's
@@ -45,9 +45,7 @@ def to_yaml(config: Config) -> str:
 
 def save(config: Config, path: Path) -> None:
     """Write the complete configuration, so that ``--config PATH`` runs it again; whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, to_yaml(config))
 
 
 def known_keys() -> list[str]:

@@ -19,8 +19,8 @@ from nostalgia.experiment.method_choice import curvature_options
 from nostalgia.experiment.saved_curvature import SavedBlocks, SavedFactors
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import principal_angles
-from nostalgia.logging.files import write_json
 from nostalgia.logging.run_log import RunLog
+from nostalgia.utils.files import write_json
 
 
 class Analysis:

@@ -12,7 +12,7 @@ from nostalgia.data.catalog import CATALOG
 from nostalgia.data.fingerprint import difference, fingerprint, names_of
 from nostalgia.data.tasks import Task
 from nostalgia.errors import NotFoundError
-from nostalgia.logging.files import read_json, write_json
+from nostalgia.utils.files import read_json, write_json
 
 CLASS_ORDER = "class_order.json"  # beside it, of experiment.split=classes
 

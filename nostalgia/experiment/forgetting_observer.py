@@ -17,8 +17,8 @@ from nostalgia.experiment.components import Components
 from nostalgia.experiment.saved_curvature import SavedBlocks, SavedFactors
 from nostalgia.experiment.task_losses import TaskLosses
 from nostalgia.linalg.lanczos import Eigenpairs
-from nostalgia.logging.files import write_json
 from nostalgia.logging.results import FORGETTING
+from nostalgia.utils.files import write_json
 
 
 class ForgettingObserver:

@@ -16,12 +16,12 @@ from nostalgia.experiment.data_check import check_data
 from nostalgia.experiment.exporting import EXPORT
 from nostalgia.experiment.task_data import folder_task, load_tasks, task_loader
 from nostalgia.logging.class_table import Measured, print_measured
-from nostalgia.logging.files import write_json
 from nostalgia.logging.results import read_results
 from nostalgia.logging.streams import make_console
 from nostalgia.models import norm_statistics
 from nostalgia.models.exported import load_classes, load_export
 from nostalgia.parallel.coordination import agree, on_main
+from nostalgia.utils.files import write_json
 
 if TYPE_CHECKING:
     from nostalgia.evaluate import EvaluationRequest

@@ -19,8 +19,8 @@ from nostalgia.curvature.kronecker import KroneckerFactors, LayerFactors
 from nostalgia.data.tasks import Task
 from nostalgia.experiment.components import Components
 from nostalgia.linalg.vector_space import VectorSpace
-from nostalgia.logging.files import write_atomic
 from nostalgia.parallel import tensors
+from nostalgia.utils.files import write_atomic
 
 META = "nostalgia"
 

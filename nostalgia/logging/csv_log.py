@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nostalgia.errors import NotFoundError
-from nostalgia.logging.files import read_text, write_atomic
+from nostalgia.utils.files import read_text, write_atomic
 
 METRICS_COLUMNS = (
     "step",

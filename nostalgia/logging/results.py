@@ -13,7 +13,7 @@ from typing import Any
 from nostalgia.errors import NotFoundError
 from nostalgia.evaluation import transfer
 from nostalgia.logging.csv_log import csv_lines
-from nostalgia.logging.files import is_number, read_json, read_text, write_atomic, write_json
+from nostalgia.utils.files import is_number, read_json, read_text, write_atomic, write_json
 
 METRICS = ("acc", "class_incremental_acc", "bwt", "forgetting", "learning_accuracy", "fwt")
 COSTS = ("memory_bytes", "extra_seconds")

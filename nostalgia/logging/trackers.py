@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker, on_main_process
 
 from nostalgia.logging.csv_log import METRICS_COLUMNS, CsvLog
-from nostalgia.logging.files import write_atomic
+from nostalgia.utils.files import write_atomic
 
 Warn = Callable[[str], None]
 WANDB_START_SECONDS = 30.0  # a run without a network waits so long, once, and goes on without W&B

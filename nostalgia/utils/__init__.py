@@ -1,4 +1,4 @@
-"""Helpers below every other layer: command lines, exit codes, versions, and files of others, which are read as plain values.
+"""Helpers below every other layer: command lines, exit codes, versions, and files.
 
-Nothing in such a file runs, and what is not a plain value is refused.
+Files of others are read as plain values: nothing in one runs, and what is not a plain value is refused.
 """

@@ -165,7 +165,7 @@ def test_no_cycles(found: list[Import]) -> None:
         ("nostalgia.data.stream", "from nostalgia.models import heads", True),
         ("nostalgia.training.loop", "def f():\n    import nostalgia.evaluation.accuracy", True),
         ("nostalgia.methods.base", "if TYPE_CHECKING:\n    from nostalgia.training.loop import Phase", True),
-        ("nostalgia.logging.files", "from nostalgia.experiment import run", True),
+        ("nostalgia.utils.files", "from nostalgia.experiment import run", True),
         ("nostalgia.training.loop", "from nostalgia.methods.base import Method", False),
         ("nostalgia.training.loop", "from nostalgia.training.step import train_step", False),
         ("nostalgia.experiment.components", "from nostalgia.config import save", False),

@@ -13,7 +13,7 @@ from nostalgia.analysis.report.several import comparison_page
 from nostalgia.analysis.report.single import run_page
 from nostalgia.analysis.run_folder import RunFolder, read_run
 from nostalgia.errors import NotFoundError, UsageError
-from nostalgia.logging.files import write_atomic
+from nostalgia.utils.files import write_atomic
 
 NAME = "report.html"
 

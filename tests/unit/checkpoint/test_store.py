@@ -138,13 +138,13 @@ def test_a_block_is_read_row_by_row_in_its_own_precision(tmp_path: Path) -> None
     path = tmp_path / "deep" / "block.safetensors"
     digest = files.write_block(path, iter(block), (3, 7), torch.bfloat16)
     assert digest == files.checksum(path)
-    assert torch.equal(torch.stack(list(files.Block(path, 7))), block)
+    assert torch.equal(torch.stack(list(files.BlockFile(path, 7))), block)
     assert torch.equal(files.read_tensors(path)["basis"], block)  # as any reader of the format sees it
     with pytest.raises(NotFoundError, match="expected are rows of 8 numbers"):
-        files.Block(path, 8)
+        files.BlockFile(path, 8)
     files.write_block(path, iter([torch.tensor([1.0, float("nan")])]), (1, 2), torch.float32)
     with pytest.raises(NotFoundError, match="row 1 holds values that are not finite"):
-        list(files.Block(path, 2))
+        list(files.BlockFile(path, 2))
 
 
 def test_mutated_checkpoints_never_run_code_nor_crash(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nostalgia.errors import NotFoundError
-from nostalgia.logging import files
 from nostalgia.logging.results import read_matrix_csv, read_results, write_results
+from nostalgia.utils import files
 from tests.unit.analysis.folders import MATRIX, TASKS, results
 
 
