@@ -303,6 +303,9 @@ def overview(found: dict[str, Any]) -> str:
         for stream in streams:
             here = {(run["arm"], run["seed"]): run for run in runs if run["stream"] == stream}
             seeds = [seed for name, seed in here if name == arm and (plain, seed) in here]
+            if not seeds:
+                cells += ["-"] * 3
+                continue
             left = 100 * sum(here[arm, s]["bwt"] for s in seeds) / sum(here[plain, s]["bwt"] for s in seeds)
             cells += [
                 f"{statistics.mean(here[arm, s][key] for s in seeds):.3f}" for key in ("acc", "learning_accuracy")
