@@ -124,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = command(options.seeds, options.select_seeds, options.runs)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     record(options.runs, words)
-    planned = sweep.plan(sweep.read_options(words))
-    run_missing([cell.job for cell in planned], options.jobs)
+    cells = sweep.cells(sweep.read_options(words))
+    run_missing([cell.job for cell in cells], options.jobs)
     code = sweep.main(words)  # runs again what failed, and writes the table
     if code:
         return code

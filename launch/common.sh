@@ -14,17 +14,17 @@ fi
 module=${NOSTALGIA_MODULE:-nostalgia.train}
 
 launch() {
-  local plan nproc device folder code
+  local printed nproc device folder code
   for word in "$@"; do
     case $word in -h | --help) exec python -m "$module" "$@" ;; esac
   done
-  plan=$(python -m nostalgia.scripts.plan "$@") || return
+  printed=$(python -m nostalgia.scripts.processes "$@") || return
   # The program's own exit code, which torchrun turns into 1: a process leaves it in this file, and ends with 0 after
   # 2, 3, 4 and 75, which a restart would not change.
   NOSTALGIA_EXIT_FILE=$(mktemp) || return
   export NOSTALGIA_EXIT_FILE
   trap 'rm -f "$NOSTALGIA_EXIT_FILE"' EXIT
-  { read -r nproc; read -r device; read -r folder; } <<<"$plan"
+  { read -r nproc; read -r device; read -r folder; } <<<"$printed"
 
   local options=(--nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-3}"
     --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

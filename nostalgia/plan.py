@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes as those of `nostalgia.train`."""
 
     def run(request: PlanRequest, accelerator: Any, precision: str) -> None:
-        from nostalgia.experiment.scale import plan
+        from nostalgia.experiment.scale import print_plan
 
-        plan(request.config, request.cluster, accelerator, precision, request.precision)
+        print_plan(request.config, request.cluster, accelerator, precision, request.precision)
 
     return run_command(argv, parse, run)
 

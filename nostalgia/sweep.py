@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweep(options: Options) -> int:
     """Run what is missing and print the comparison of what is complete; returns the exit code."""
     console = make_console()
-    planned = plan(options)
-    jobs = [cell.job for cell in planned]
+    all_cells = cells(options)
+    jobs = [cell.job for cell in all_cells]
     missing = [job for job in jobs if not job.complete]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} complete already", highlight=False)
     if options.dry_run:
@@ -87,7 +87,7 @@ def sweep(options: Options) -> int:
         output = Path(parse(list(options.words)).config.experiment.output_dir).expanduser()
         start, parallel = SlurmStarter(options.slurm, output / "slurm"), options.parallel or max(len(missing), 1)
     outcomes = run_jobs(missing, parallel, console, options.budget_minutes, start)
-    done = [cell for cell in planned if cell.job.complete or outcomes[cell.job.name].code == 0]
+    done = [cell for cell in all_cells if cell.job.complete or outcomes[cell.job.name].code == 0]
     if done:
         show(done, options, console)
     failed = [outcome for outcome in outcomes.values() if outcome.code not in (0, 75)]
@@ -99,17 +99,17 @@ def sweep(options: Options) -> int:
     return 4 if failed else 75 if stopped else 0
 
 
-def plan(options: Options) -> list[Cell]:
+def cells(options: Options) -> list[Cell]:
     """A run for each seed, method and strength, the words checked.
 
     Raises UsageError where a finished run had other settings, and for a strength that a method does not have.
     """
-    cells = []
-    for seed in (*options.select_seeds, *options.seeds):  # what strengths are chosen on comes first
-        for method in options.methods:
-            for strength in _strengths(method, options.strengths):
-                cells.append(_cell(method, strength, seed, options))
-    return cells
+    return [
+        _cell(method, strength, seed, options)
+        for seed in (*options.select_seeds, *options.seeds)  # what strengths are chosen on comes first
+        for method in options.methods
+        for strength in _strengths(method, options.strengths)
+    ]
 
 
 def _cell(method: str, strength: float | None, seed: int, options: Options) -> Cell:

@@ -42,6 +42,7 @@ DEBUG = (
     "analysis.trace_samples=1",
     "dataset.num_workers=0",
 )
+DEBUG_BATCH = 32  # images a step at most with --debug on a CPU, where the command line names no batch size
 
 EXAMPLES = """examples:
   accelerate launch -m nostalgia.train --suite main
@@ -72,6 +73,15 @@ class Request:
     run_dir: Path | None = None  # the run's folder, where it is given
     resume: str | None = None  # "must" go on in ``run_dir``, or "auto": begin there where there is no run
     resume_override: bool = False
+    small_batch: bool = False  # on a CPU, at most `DEBUG_BATCH` images a step
+
+    def fit_to(self, device: str) -> list[str]:
+        """Change what ``--debug`` changes on a ``device`` alone; one line for each."""
+        given = self.config.dataset.batch_size
+        if not self.small_batch or device != "cpu" or given <= DEBUG_BATCH:
+            return []
+        self.config.dataset.batch_size = DEBUG_BATCH
+        return [f"--debug on a CPU: {DEBUG_BATCH} images a step; dataset.batch_size={given} takes the run's own"]
 
 
 def parse(argv: list[str]) -> Request:
@@ -116,7 +126,12 @@ def parse(argv: list[str]) -> Request:
         run_dir=run_dir,
         resume=None if resume is None else "auto" if resume == "auto" else "must",
         resume_override=flags.resume_override,
+        small_batch=flags.debug and resume in (None, "auto") and not any(map(_is_batch_size, words)),
     )
+
+
+def _is_batch_size(word: str) -> bool:
+    return word.partition("=")[0].lstrip("+") == "dataset.batch_size"
 
 
 def _parser() -> CommandParser:
@@ -129,7 +144,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--suite", metavar="NAME", help=f"one of {', '.join(choices('suite'))}, or a YAML file of your own"
     )
-    parser.add_argument("--debug", action="store_true", help="a few batches and products a task")
+    parser.add_argument("--debug", action="store_true", help="a few batches and products a task, small ones on a CPU")
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run, with each data set; train nothing"
     )

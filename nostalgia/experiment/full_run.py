@@ -27,20 +27,21 @@ def full_run_of(request: Request, run: Components) -> tuple[Config, MemoryPlan]:
 
 
 def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunInfo, folder: Path) -> Panel:
-    """The panel that a ``--debug`` run in ``folder`` ends with; ``info`` is its own, with the same model and batch."""
+    """The panel that a ``--debug`` run in ``folder`` ends with; ``info`` is its own, with the same model."""
     done, joint = read_run(folder), run.method.joint
     heads = sum(len(task.classes) * (run.backbone.feature_dim + 1) for task in run.tasks)
     per_task = None if joint else full.train.epochs_per_task
     per_task = per_task or [full.train.epochs] * len(run.tasks)
     smallest = min(min(len(task.train) for task in run.tasks), run.config.curvature.num_samples)
     merged = adapted_weights(run.backbone).values() if merges_adapters(full, chosen_method(full)) else ()
-    evaluated = (full.train.max_eval_batches or math.inf) * info.per_device_batch_size * run.accelerator.num_processes
+    batch = full.dataset.batch_size * run.accelerator.num_processes
+    evaluated = (full.train.max_eval_batches or math.inf) * batch
     work = Workload(
         tasks=[
             TaskLoad(len(t.train), int(min(len(t.val), evaluated)), e) for t, e in zip(run.tasks, per_task, strict=True)
         ],
         joint=joint,
-        global_batch_size=info.global_batch_size,
+        global_batch_size=batch * full.train.gradient_accumulation_steps,
         head_warmup_epochs=full.train.head_warmup_epochs,
         top_k=full.method.get("top_k", full.analysis.top_k)
         if done.curvature and full.curvature.solver == "lanczos"

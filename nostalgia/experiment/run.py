@@ -35,7 +35,7 @@ def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:
     """Run what the command line asks for; returns the run's folder (None for a dry run)."""
-    notes = complete_method(request.config)
+    notes = [*complete_method(request.config), *request.fit_to(accelerator.device.type)]
     check_figures(request.config)
     if not request.dry_run:
         request.config.train.precision = precision  # what auto became is the run's, wherever it goes on

@@ -28,7 +28,7 @@ from nostalgia.parallel.accelerator import unsplit_layers
 from nostalgia.training.optimizers import OPTIMIZERS
 
 
-def plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: str, gpu_precision: str) -> None:
+def print_plan(config: Config, cluster: Cluster, accelerator: Accelerator, precision: str, gpu_precision: str) -> None:
     """Print the plan of a run in ``gpu_precision``; its network is built here in ``precision``.
 
     Nothing is downloaded; NotFoundError where the network is not here.

@@ -12,7 +12,7 @@ from torch import Tensor
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
-from nostalgia.methods.vectors import vectors_plan
+from nostalgia.methods.vectors import vectors_memory_plan
 from nostalgia.models import norm_statistics
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.task_model import TaskModel
@@ -77,7 +77,7 @@ class Averaging(Method):
         self._block = Block(self.mean[None], task.space)
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        return vectors_plan(space, 1)
+        return vectors_memory_plan(space, 1)
 
     def bytes_remembered(self) -> int:
         return 0 if self.mean is None else world_size() * self.mean.numel() * self.mean.element_size()

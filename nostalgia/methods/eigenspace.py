@@ -107,7 +107,7 @@ class Eigenspace:
         self.update = self.memory.update(self.pairs)
         return self.update
 
-    def plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
+    def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
         memory = self.make(space, num_tasks)
         columns = min(memory.capacity, max(1, num_tasks) * memory.k)
         itemsize = torch.empty((), dtype=memory.dtype or space.dtype).element_size()

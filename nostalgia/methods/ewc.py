@@ -10,7 +10,7 @@ from nostalgia.curvature.fisher import LABELS, diagonal_fisher
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty, training_space, vectors_plan
+from nostalgia.methods.vectors import QuadraticPenalty, training_space, vectors_memory_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -65,7 +65,7 @@ class Ewc(Method):
             self.penalty.include(task, weights)
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        return vectors_plan(space, 2)
+        return vectors_memory_plan(space, 2)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

@@ -49,7 +49,16 @@ class Kronecker(Method):
 
     def __init__(self, config: KroneckerConfig, seed: int = 0) -> None:
         super().__init__(config, seed)
-        self.tail = make_tail(TailOptions.of(config))
+        self.tail = make_tail(
+            TailOptions(
+                "kronecker",
+                config.strength,
+                config.num_samples,
+                config.draws,
+                config.temperature,
+                config.budget_bytes,
+            )
+        )
         self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.distillation = Distillation(config.anchor, config.anchor_temperature)

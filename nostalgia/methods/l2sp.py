@@ -8,7 +8,7 @@ from typing import Any
 
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty, vectors_plan
+from nostalgia.methods.vectors import QuadraticPenalty, vectors_memory_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -42,7 +42,7 @@ class L2Sp(Method):
         self.penalty.add_gradients(self.task, self.config.strength)
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        return vectors_plan(space, 1)
+        return vectors_memory_plan(space, 1)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

@@ -78,7 +78,16 @@ class Nostalgia(Method):
         super().__init__(config, seed)
         self.eigenspace = Eigenspace(config)
         self.projector: GradientProjector | None = None
-        self.tail = make_tail(TailOptions.of(config, "tail_", kind=config.tail, num_samples=config.tail_samples))
+        self.tail = make_tail(
+            TailOptions(
+                config.tail,
+                config.tail_strength,
+                config.tail_samples,
+                config.tail_draws,
+                config.tail_temperature,
+                config.tail_budget_bytes,
+            )
+        )
         self.path = PathStep(config.path)
         self.all_heads = config.anchor > 0
         self.needs_metric = config.project == "constrained"
@@ -144,7 +153,7 @@ class Nostalgia(Method):
         return found if leak is None else {**found, "leak": leak}
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        return self.eigenspace.plan(space, num_tasks)
+        return self.eigenspace.memory_plan(space, num_tasks)
 
     def bytes_remembered(self) -> int:
         return self.eigenspace.bytes_remembered() + self.tail.bytes()

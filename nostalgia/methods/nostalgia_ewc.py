@@ -16,7 +16,7 @@ from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.methods.eigensolve import check_eigensolve
 from nostalgia.methods.eigenspace import Eigenspace, EigenspaceConfig
-from nostalgia.methods.vectors import gradients_of, vectors_plan
+from nostalgia.methods.vectors import gradients_of, vectors_memory_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -75,7 +75,7 @@ class NostalgiaEwc(Method):
         self.center = None if space is None else space.take(p.detach() for p in task.parameters.values())
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        plan, center = self.eigenspace.plan(space, num_tasks), vectors_plan(space, 1)
+        plan, center = self.eigenspace.memory_plan(space, num_tasks), vectors_memory_plan(space, 1)
         return MemoryPlan(plan.bytes + center.bytes, f"{plan.text} and {center.text}")
 
     def bytes_remembered(self) -> int:

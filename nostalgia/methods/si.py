@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from nostalgia.linalg.block import Block
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
-from nostalgia.methods.vectors import QuadraticPenalty, gradients_of, training_space, vectors_plan
+from nostalgia.methods.vectors import QuadraticPenalty, gradients_of, training_space, vectors_memory_plan
 from nostalgia.options import option
 from nostalgia.parallel.tensors import world_size
 
@@ -78,7 +78,7 @@ class SynapticIntelligence(Method):
         return training_space(task).take(p.detach() for p in task.parameters.values())
 
     def memory_plan(self, space: VectorSpace, num_tasks: int) -> MemoryPlan:
-        return vectors_plan(space, 2)
+        return vectors_memory_plan(space, 2)
 
     def bytes_remembered(self) -> int:
         return self.penalty.bytes(world_size())

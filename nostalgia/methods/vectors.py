@@ -27,7 +27,7 @@ def gradients_of(task: TaskContext) -> list[Tensor]:
     return [p.grad for p in task.parameters.values() if p.grad is not None]
 
 
-def vectors_plan(space: VectorSpace, count: int) -> MemoryPlan:
+def vectors_memory_plan(space: VectorSpace, count: int) -> MemoryPlan:
     """Of a method that keeps ``count`` vectors of the `training_space`, where ``space`` is the run's."""
     copies = 1 if space.placement == "sharded" else world_size()
     what = "a vector" if count == 1 else f"{count} vectors"

@@ -176,7 +176,7 @@ def test_ranks_are_swept(tmp_path: Path) -> None:
     (command,) = re.findall(r"^# Command +python -m nostalgia\.sweep (.*)$", text, re.MULTILINE)
     words = [*command.split(), f"experiment.output_dir={tmp_path}"]
     jobs = {
-        cell.job.folder.relative_to(tmp_path).as_posix(): cell.job for cell in sweep.plan(sweep.read_options(words))
+        cell.job.folder.relative_to(tmp_path).as_posix(): cell.job for cell in sweep.cells(sweep.read_options(words))
     }
     assert list(jobs) == ["finetune/seed0", *(f"nostalgia/strength_{k}/seed0" for k in (8, 24, 64))]
     config = parse(list(jobs["nostalgia/strength_24/seed0"].words)).config

@@ -133,7 +133,7 @@ def test_wrong_usage_runs_nothing(
 def test_a_strength_is_run_as_it_is_named(tmp_path: Path) -> None:
     words = ["--methods", "ewc", "--seeds", "0", "--strengths", "12345678.5,1e6,0.12345671", "--suite", "demo"]
     options = command.read_options([*words, f"experiment.output_dir={tmp_path}"])
-    given = [word for cell in command.plan(options) for word in cell.job.words if word.startswith("method.strength=")]
+    given = [word for cell in command.cells(options) for word in cell.job.words if word.startswith("method.strength=")]
     assert [float(word.partition("=")[2]) for word in given] == [12345678.5, 1e6, 0.12345671]
 
 
@@ -141,19 +141,19 @@ def test_a_run_that_ended_while_it_wrote_its_export_goes_on(tmp_path: Path) -> N
     """Its results were there; where there is no checkpoint to go on from, it stays complete."""
     words = ["--methods", "finetune", "--seeds", "0", "--suite", "demo", f"experiment.output_dir={tmp_path}"]
     options = command.read_options(words)
-    (cell,) = command.plan(options)
+    (cell,) = command.cells(options)
     config = parse(list(cell.job.words)).config
     complete_method(config)
     folder = write_run(cell.job.folder, method="finetune")
     save(config, folder / "config.yaml")
-    assert command.plan(options)[0].job.complete
+    assert command.cells(options)[0].job.complete
     (folder / "checkpoints" / "000003_task3_end_of_task").mkdir(parents=True)
-    assert not command.plan(options)[0].job.complete
+    assert not command.cells(options)[0].job.complete
     with pytest.raises(UsageError, match=r"train\.lr was"):  # of other settings all the same
-        command.plan(command.read_options([*words, "train.lr=7"]))
+        command.cells(command.read_options([*words, "train.lr=7"]))
     (folder / "export").mkdir()
     (folder / "results" / "report.html").touch()
-    assert command.plan(options)[0].job.complete
+    assert command.cells(options)[0].job.complete
 
 
 def test_what_changes_no_number_of_a_finished_run_is_not_another_setting(tmp_path: Path) -> None:

@@ -153,6 +153,20 @@ def test_debug_leaves_the_last_word_to_the_command_line() -> None:
     assert samples == [(8, 2), (40, 2), (40, 2)]
 
 
+def test_debug_on_a_cpu_takes_fewer_images_a_step_where_none_are_named() -> None:
+    def batch(device: str, *words: str) -> int:
+        request = parse(["--debug", "dataset=cifar100", *words])
+        notes = request.fit_to(device)
+        assert bool(notes) == (request.config.dataset.batch_size == 32), notes
+        return request.config.dataset.batch_size
+
+    assert (batch("cpu"), batch("cuda")) == (32, 128)
+    assert (batch("cpu", "dataset.batch_size=64"), batch("cpu", "++dataset.batch_size=16")) == (64, 16)
+    request = parse(["dataset=cifar100"])
+    assert request.fit_to("cpu") == []
+    assert request.config.dataset.batch_size == 128
+
+
 def test_any_name_may_be_a_dataset() -> None:
     assert parse(["dataset=hf:user/name"]).config.dataset.name == "hf:user/name"
     assert parse(["dataset=/a folder/of images"]).config.dataset.name == "/a folder/of images"

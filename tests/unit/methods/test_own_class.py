@@ -63,9 +63,9 @@ def test_a_class_without_a_name_has_its_class_s() -> None:
 
 def test_two_modules_methods_of_one_name_are_two_of_a_sweep(tmp_path: Path) -> None:
     words = ["--suite", "demo", "--methods", "own_one:M,own_two:M,finetune", "--seeds", "0"]
-    planned = sweep.plan(sweep.read_options([*words, f"experiment.output_dir={tmp_path / 'runs'}"]))
-    folders = [cell.job.folder for cell in planned]
-    assert [cell.method for cell in planned] == ["own_one:M", "own_two:M", "finetune"]
+    cells = sweep.cells(sweep.read_options([*words, f"experiment.output_dir={tmp_path / 'runs'}"]))
+    folders = [cell.job.folder for cell in cells]
+    assert [cell.method for cell in cells] == ["own_one:M", "own_two:M", "finetune"]
     assert len(set(folders)) == 3
 
 

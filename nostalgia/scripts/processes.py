@@ -1,6 +1,6 @@
 """What a launch script has to know before it starts any process; refuses a wrong command line at once.
 
-python -m nostalgia.scripts.plan ARGUMENTS OF nostalgia.train
+python -m nostalgia.scripts.processes ARGUMENTS OF nostalgia.train
 
 Prints three lines: how many processes to start on this machine, ``cuda`` or ``cpu``, and the run's fixed folder (empty
 where the command line names one, or where nothing is to be run).
