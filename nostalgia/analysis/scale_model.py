@@ -73,6 +73,7 @@ class Load:
     top_k: int = 0  # 0: no eigensolve
     columns: int = 0  # of the memory at most
     samples: int = 0  # of an eigensolve
+    rows_per_sample: int = 0  # of an eigensolve by rows; 0: by Lanczos
     curvature_batch: int = 1  # of a rank, in factors and products
     factor_numbers: int = 0  # of one task; 0: no factors
     factor_terms: int = 0  # kept at most: one a task, or one for all
@@ -115,7 +116,7 @@ def stages(load: Load, cluster: Cluster) -> list[Stage]:
     if load.factor_numbers:
         found.append(_factors(load, cluster))
     if load.top_k:
-        found.append(_products(load, cluster))
+        found.append((_rows if load.rows_per_sample else _products)(load, cluster))
     found.append(_checkpoint(load, cluster))
     return found
 
@@ -173,6 +174,18 @@ def _products(load: Load, cluster: Cluster) -> Stage:
     batch = min(load.curvature_batch, math.ceil(load.samples / cluster.gpus))
     memory = NUMBER * held + 2 * batch * load.activation_numbers * NUMBER + _remembered_bytes(load, cluster)
     return Stage("curvature product", load.curved * products, compute, sent / cluster.slowest_rate, sent, memory)
+
+
+def _rows(load: Load, cluster: Cluster) -> Stage:
+    """All gradients of an eigensolve by rows, each sent to the ranks that hold its parts."""
+    passes = 1 + load.rows_per_sample * BACKWARD / 2
+    compute = passes * load.forward_flops * load.samples / cluster.gpus / (cluster.teraflops * 1e12)
+    numbers = load.samples * load.rows_per_sample * load.scope
+    sent = cluster.ring(math.ceil(numbers / cluster.gpus))
+    held = load.parameters + _share(load.parameters, cluster) + math.ceil(numbers / cluster.gpus)
+    batch = min(load.curvature_batch, math.ceil(load.samples / cluster.gpus))
+    memory = NUMBER * held + batch * load.activation_numbers * NUMBER + _remembered_bytes(load, cluster)
+    return Stage("gradients by rows", load.curved, compute, sent / cluster.slowest_rate, sent, memory)
 
 
 def _checkpoint(load: Load, cluster: Cluster) -> Stage:

@@ -134,17 +134,18 @@ class ModelConfig:
 class CurvatureConfig:
     """How the curvature of a finished task is measured, for methods and for analysis."""
 
-    kind: str = option("hessian", "hessian, or ggn: the Gauss-Newton matrix.", choices=("hessian", "ggn"))
+    kind: str = option("ggn", "ggn: the Gauss-Newton matrix, or hessian.", choices=("ggn", "hessian"))
     solver: str = option(
-        "lanczos",
-        "Of top eigenpairs: lanczos, or for kind=ggn rows: one pass over the samples, the SVD of their gradients.",
-        choices=("lanczos", "rows"),
+        "auto",
+        "Of top eigenpairs: lanczos, or for kind=ggn rows: one pass over the samples, the SVD of their gradients; auto: "
+        "rows where num_samples of them fit in rows_budget_bytes.",
+        choices=("auto", "lanczos", "rows"),
     )
     rows_per_sample: int = option(
         2, "Of solver=rows: random output cotangents a sample; all outputs where the network has no more.", low=1
     )
     rows_budget_bytes: int = option(
-        2**30, "Of solver=rows: gradients held on a rank, beyond which they are cut to their top.", low=1
+        2**32, "Gradients that solver=rows holds on a rank, beyond which it cuts them to their top; all that auto takes it for.", low=1
     )
     last_task: bool = option(
         False,
@@ -155,7 +156,7 @@ class CurvatureConfig:
         "exact (double backward), jvp (forward over reverse) or finite_difference.",
         choices=("exact", "jvp", "finite_difference"),
     )
-    num_samples: int = option(2048, "Training samples of a finished task that its curvature is taken over.", low=1)
+    num_samples: int = option(512, "Training samples of a finished task that its curvature is taken over.", low=1)
     batch_size: int = option(64, "Samples per batch of a curvature product: bounds its memory.", low=1)
     tol: float = option(1e-2, "A pair is converged when |H q - lambda q| <= tol |lambda|.", above=0, high=1)
     max_products: int | None = option(None, low=1)

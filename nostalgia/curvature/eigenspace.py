@@ -23,13 +23,13 @@ from nostalgia.models.objective import Objective
 class CurvatureOptions:
     """How a finished task's curvature is measured; names as in the configuration's ``curvature`` section."""
 
-    kind: str = "hessian"
-    solver: str = "lanczos"
+    kind: str = "ggn"
+    solver: str = "auto"
     rows_per_sample: int = 2
-    rows_budget_bytes: int = 2**30
+    rows_budget_bytes: int = 2**32
     last_task: bool = False
     hvp: str = "exact"
-    num_samples: int = 2048
+    num_samples: int = 512
     batch_size: int = 64
     precision: str = "float32"
     retain_graph: str | bool = "auto"
@@ -38,6 +38,13 @@ class CurvatureOptions:
     max_products: int | None = None
     max_basis: int | None = None
     seed: int = 0
+
+    def takes_rows(self, space: VectorSpace) -> bool:
+        """Whether top eigenpairs over ``space`` come from rows; of ``auto`` the same for any number of ranks and any task."""
+        if self.solver != "auto":
+            return self.solver == "rows"
+        held = self.num_samples * self.rows_per_sample * space.size * space.dtype.itemsize
+        return self.kind == "ggn" and held <= self.rows_budget_bytes
 
 
 def task_operator(

@@ -69,7 +69,7 @@ class Analysis:
     def _own_pairs(self, task: Task, operator: BatchedOperator) -> Eigenpairs:
         """Of a method that takes no curvature, by the solver that the run names."""
         options, k = curvature_options(self.run.config), self.run.config.analysis.top_k
-        if options.solver == "rows":
+        if options.takes_rows(self.run.space):
             rows = self._rows(task, options.num_samples, train=True)
             return eigenpairs_of_rows(rows, k, tol=options.tol, budget_bytes=options.rows_budget_bytes)
         return top_eigenpairs(operator, k, options)
@@ -126,7 +126,7 @@ class Analysis:
                 "bytes_moved": pairs.bytes_moved,
                 "seconds": pairs.seconds,
                 "curvature": run.config.curvature.kind,
-                "solver": run.config.curvature.solver,
+                "solver": "rows" if curvature_options(run.config).takes_rows(run.space) else "lanczos",
                 **energy,
                 "principal_angles": angles,
                 "parameters": list(pairs.space.names),

@@ -11,7 +11,12 @@ from nostalgia.analysis.cost import Measured, TaskLoad, Workload, cost_panel, es
 from nostalgia.analysis.run_folder import read_run
 from nostalgia.config import Config, Request, parse
 from nostalgia.experiment.components import Components
-from nostalgia.experiment.method_choice import chosen_method, complete_method, merges_adapters
+from nostalgia.experiment.method_choice import (
+    chosen_method,
+    complete_method,
+    curvature_options,
+    merges_adapters,
+)
 from nostalgia.experiment.scale import memory_plan
 from nostalgia.logging.console import RunInfo
 from nostalgia.methods.base import MemoryPlan
@@ -34,6 +39,7 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
     per_task = per_task or [full.train.epochs] * len(run.tasks)
     smallest = min(min(len(task.train) for task in run.tasks), run.config.curvature.num_samples)
     merged = adapted_weights(run.backbone).values() if merges_adapters(full, chosen_method(full)) else ()
+    rows = curvature_options(full).takes_rows(run.space)
     batch = full.dataset.batch_size * run.accelerator.num_processes
     evaluated = (full.train.max_eval_batches or math.inf) * batch
     work = Workload(
@@ -43,9 +49,7 @@ def cost_of_full_run(full: Config, plan: MemoryPlan, run: Components, info: RunI
         joint=joint,
         global_batch_size=batch * full.train.gradient_accumulation_steps,
         head_warmup_epochs=full.train.head_warmup_epochs,
-        top_k=full.method.get("top_k", full.analysis.top_k)
-        if done.curvature and full.curvature.solver == "lanczos"
-        else 0,
+        top_k=full.method.get("top_k", full.analysis.top_k) if done.curvature and not rows else 0,
         num_samples=full.curvature.num_samples,
         trained_parameters=info.trainable_parameters + heads,
         merged_weights=sum(weight.numel() for weight in merged),

@@ -16,7 +16,7 @@ from nostalgia.config import Config
 from nostalgia.data.tasks import Missing, Task, find_tasks
 from nostalgia.errors import UsageError
 from nostalgia.experiment.components import Components, build_components
-from nostalgia.experiment.method_choice import complete_method
+from nostalgia.experiment.method_choice import complete_method, curvature_options
 from nostalgia.experiment.task_data import placeholder, source_loader, task_specs
 from nostalgia.logging.streams import make_console
 from nostalgia.methods.base import MemoryPlan, Method
@@ -85,6 +85,7 @@ def load_of(run: Components, precision: str) -> Load:
         top_k=eigenspace.config.top_k if isinstance(eigenspace, Eigenspace) else 0,
         columns=columns,
         samples=config.curvature.num_samples,
+        rows_per_sample=config.curvature.rows_per_sample if curvature_options(config).takes_rows(run.space) else 0,
         curvature_batch=config.curvature.batch_size,
         factor_numbers=numbers,
         factor_terms=(curved if kept_apart else 1) if numbers else 0,

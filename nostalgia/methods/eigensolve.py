@@ -29,12 +29,12 @@ class Eigensolver:
     def solve(self, task: TaskContext, k: int) -> Eigenpairs:
         """The ``k`` largest eigenpairs, going on with what `load_state_dict` took up; all ranks call it.
 
-        With ``curvature.solver=rows`` one pass over the samples, without a state: one that is broken off begins again.
+        By rows (`CurvatureOptions.takes_rows`) one pass over the samples, without a state: one that is broken off begins again.
         Raises RunFailedError where no pair converged.
         """
         options, mask = task.curvature, task.first_order_mask()
         batches = task.samples(options.num_samples, options.batch_size)
-        if options.solver == "rows":
+        if options.takes_rows(task.space):
             rows = gradient_rows(
                 task.model, task.objective, batches, task.parameters, task.accelerator, options, task.space
             )

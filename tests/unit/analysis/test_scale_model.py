@@ -63,6 +63,17 @@ def test_bytes_are_those_of_rings() -> None:
     assert product.bytes_sent == 2 * 4 * P * 3 // 4
 
 
+def test_rows_take_the_place_of_products() -> None:
+    load = replace(VIT_B, top_k=8, samples=64, scope=600_000, rows_per_sample=2)
+    rows = stages(load, Cluster(gpus=4))[1]
+    assert (rows.name, rows.count) == ("gradients by rows", 1)
+    assert rows.bytes_sent == 4 * (64 * 2 * 600_000 // 4) * 3 // 4  # what each rank's samples leave to the others
+    assert rows.memory_bytes - stages(load, Cluster(gpus=8))[1].memory_bytes == 4 * 64 * 2 * 600_000 // 8
+    # A forward and two backward passes of activations alone, where Lanczos takes 34 products of six forward passes.
+    lanczos = stages(replace(load, rows_per_sample=0), Cluster(gpus=4))[1]
+    assert lanczos.count * lanczos.compute_seconds == pytest.approx(34 * 6 / 3 * rows.compute_seconds)
+
+
 def test_the_slowest_link_decides() -> None:
     within, between = (step(VIT_B, gpus=16, nodes=nodes) for nodes in (1, 2))
     assert between.communication_seconds == pytest.approx(within.communication_seconds * 300 / 25)

@@ -56,7 +56,7 @@ def test_defaults_are_the_documented_ones() -> None:
         (["train.lr=nan"], "more than 0"),
         (["nostalgia.topk=3"], "did you mean"),
         (["nostalgia.enabled=false"], "method=finetune"),
-        (["curvature.kind=fisher"], "hessian, ggn"),
+        (["curvature.kind=fisher"], "ggn, hessian"),
         (["experiment.head=shared"], "experiment.split=classes"),
         (["model=vti"], "did you mean vit"),
         (["--suite", "dmo"], "did you mean demo"),

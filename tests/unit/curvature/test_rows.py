@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nostalgia.curvature.eigenspace import CurvatureOptions
 from nostalgia.curvature.operators import GGNOperator
 from nostalgia.curvature.rows import GradientRows, captured_energy, eigenpairs_of_rows
 from nostalgia.errors import RunFailedError, UsageError
+from nostalgia.linalg.vector_space import VectorSpace
 from tests.unit.curvature.networks import CLASSES, NETWORKS, batches, forward_fn, mlp
 
 TOLERANCE = 1e-10
@@ -146,3 +148,19 @@ def test_refusals() -> None:
         model.get_parameter("3.weight").fill_(float("nan"))
     with pytest.raises(RunFailedError, match="not finite"):
         eigenpairs_of_rows(GradientRows(model, forward_fn, data), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, True),  # 512 samples, two rows each, of 1 million float32 numbers: 4.1 of 4.3 GB
+        ({"num_samples": 2048}, False),
+        ({"num_samples": 2048, "rows_budget_bytes": 2**34}, True),
+        ({"kind": "hessian"}, False),
+        ({"solver": "lanczos"}, False),
+        ({"solver": "rows", "num_samples": 2048}, True),  # as asked for: cut to the top where they do not fit
+    ],
+)
+def test_rows_are_taken_where_all_of_them_fit(given: dict[str, Any], rows: bool) -> None:
+    space = VectorSpace.of({"w": torch.empty(1_000_000, device="meta")}, dtype=torch.float32, device="cpu")
+    assert CurvatureOptions(**given).takes_rows(space) is rows
