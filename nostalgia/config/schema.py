@@ -145,7 +145,9 @@ class CurvatureConfig:
         2, "Of solver=rows: random output cotangents a sample; all outputs where the network has no more.", low=1
     )
     rows_budget_bytes: int = option(
-        2**32, "Gradients that solver=rows holds on a rank, beyond which it cuts them to their top; all that auto takes it for.", low=1
+        2**32,
+        "Gradients that solver=rows holds on a rank, beyond which it cuts them to their top; all that auto takes it for.",
+        low=1,
     )
     last_task: bool = option(
         False,
@@ -195,7 +197,9 @@ class AnalysisConfig:
         32, "Eigenpairs of the prediction where the method computes none (predict_forgetting=true).", low=1
     )
     trace_samples: int = option(
-        8, "Random vectors the trace of a finished task's curvature is estimated by; one product each.", low=1
+        8,
+        "Random vectors the trace of a task's curvature is estimated by, where no rows give it; one product each.",
+        low=1,
     )
     exact_second_order: bool = option(
         False, "Add the exact quadratic term to that prediction: one product more for each pair of tasks."

@@ -122,8 +122,8 @@ class ForgettingPrediction:
     def finish(
         self, task: str, operator: BatchedOperator, pairs: Eigenpairs | None, loss: float | None = None
     ) -> Expansion:
-        """Expand the loss of a task that ended at the operator's parameters: a gradient and, without Kronecker factors,
-        ``trace_samples`` products.
+        """Expand the loss of a task that ended at the operator's parameters: a gradient and, where neither Kronecker factors
+        nor ``pairs`` say the trace, ``trace_samples`` products.
 
         ``loss`` is the mean loss there (default the operator's own): give what `measure` will compare it with.
         """
@@ -137,6 +137,8 @@ class ForgettingPrediction:
         rest, error = 0.0, None
         if task in self.factors:
             rest = self.factors[task].trace() - float(values.sum())
+        elif pairs is not None and pairs.trace is not None:
+            rest = pairs.trace - float(values.sum())
         elif pairs is not None:
             rest, error = trace_outside(operator, pairs.eigenvectors, kept, self.trace_samples, self.seed)
         if not math.isfinite(rest):

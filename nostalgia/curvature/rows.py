@@ -219,6 +219,7 @@ class _Sketch:
         self.space, self.keep, self.used = space, keep, 0
         self.block = space.zeros(capacity)
         self.cut = 0.0  # sum of the first eigenvalues cut away
+        self.squares = torch.zeros(1, dtype=torch.float64, device=space.device)  # of all rows' numbers here
 
     def add(self, rows: Tensor) -> None:
         if self.used + len(rows) > len(self.block):
@@ -228,6 +229,7 @@ class _Sketch:
             chosen = vectors[:, : self.keep].T
             self.space.combine_(chosen, self.block[: self.used])
             self.used = len(chosen)
+        self.squares += torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2
         self.block[self.used : self.used + len(rows)] = rows
         self.used += len(rows)
 
@@ -274,6 +276,7 @@ def eigenpairs_of_rows(
     basis = polish_(space.combine_(coefficients, sketch.block[: sketch.used]).clone(), space)
     values = values[:count] / rows.num_samples
     residuals = torch.full_like(values, sketch.cut / rows.num_samples)
+    trace = float(space.all_reduce(sketch.squares)) / rows.num_samples
     moved = space.traffic.since(traffic)
     return Eigenpairs(
         eigenvalues=values,
@@ -286,6 +289,7 @@ def eigenpairs_of_rows(
         seconds=time.perf_counter() - started,
         tol=tol,
         space=space,
+        trace=trace,
     )
 
 

@@ -57,6 +57,7 @@ class Eigenpairs:
     seconds: float
     tol: float
     space: VectorSpace
+    trace: float | None = None  # of the matrix, where the solve came by it
 
 
 @dataclass(frozen=True)

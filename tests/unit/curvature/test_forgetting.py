@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,16 @@ def test_a_step_outside_the_span_leaves_nothing_inside() -> None:
     row = prediction.predict("one", "two", operator.space.take(model.parameters()) + d, operator.loss())
     assert row.inside < 1e-20
     assert row.displacement_outside == pytest.approx(row.displacement, rel=1e-12)
+
+
+def test_a_trace_that_the_solve_gave_takes_no_products() -> None:
+    model, data, hessian = quadratic([9.0, 5.0, 3.0, 1.0, 0.5, 0.1])
+    operator = HessianOperator(model, squares, data)
+    pairs = replace(lanczos(operator, 2, tol=1e-10), trace=float(hessian.trace()))
+    operator.matvec = None  # type: ignore[method-assign, assignment]
+    expansion = ForgettingPrediction(operator.space, {"one": pairs.eigenvectors}).finish("one", operator, pairs)
+    assert expansion.rest == pytest.approx(3.0 + 1.0 + 0.5 + 0.1)
+    assert (expansion.trace, expansion.rest_error) == (pytest.approx(float(hessian.trace())), None)
 
 
 def test_pairs_that_did_not_converge_are_left_to_the_rest() -> None:

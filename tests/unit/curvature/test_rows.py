@@ -44,7 +44,9 @@ def test_with_all_outputs_they_are_the_dense_matrix_s(kind: str) -> None:
     model = NETWORKS[kind]()
     data, scope = batches(kind, (4, 3)), in_scope(kind, model)
     pairs = eigenpairs_of_rows(GradientRows(model, forward_fn, data, scope, draws=CLASSES), 5)
-    assert_eigenpairs_of(dense(model, data, scope), pairs)
+    matrix = dense(model, data, scope)
+    assert_eigenpairs_of(matrix, pairs)
+    assert pairs.trace == pytest.approx(float(matrix.trace()), rel=1e-10)
     assert bool(pairs.converged.all())
     assert float(pairs.residuals.max()) == 0.0
 
@@ -116,6 +118,7 @@ def test_streamed_rows_stay_within_their_bound() -> None:
     exact = torch.linalg.eigvalsh(matrix).flip(0)[:2]
     bound = float(pairs.residuals[0])
     assert bound > 0
+    assert pairs.trace == pytest.approx(float(matrix.trace()), rel=1e-10)  # what is cut away counts
     assert bool((pairs.eigenvalues <= exact + 1e-12).all() and (exact <= pairs.eigenvalues + bound + 1e-12).all())
     q = pairs.eigenvectors
     assert float((q @ matrix - pairs.eigenvalues[:, None] * q).norm(dim=1).max()) <= bound + 1e-12
