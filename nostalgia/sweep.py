@@ -120,7 +120,14 @@ def _cell(method: str, strength: float | None, seed: int, options: Options) -> C
         words.append(f"method.{method_class(method).strength_option}={text}")
         label, name = f"{method} {text} seed {seed}", f"{name}/strength_{text}"
     config = parse(words).config
-    complete_method(config)
+    try:
+        complete_method(config)
+    except UsageError as error:
+        if len(options.methods) == 1 or not str(error).startswith("unknown key method."):
+            raise
+        raise UsageError(
+            f"method={method}: {error}; options of one method alone are methods.<name>.<option>="
+        ) from None
     absolute_paths(config)
     folder = Path(config.experiment.output_dir).expanduser() / name / f"seed{seed}"
     return Cell(Job(label, folder, tuple(words), is_complete(folder, config)), method, strength)

@@ -242,10 +242,12 @@ def _user_entry(name: str, base: Entry, given: Any) -> Entry:
     if given.get("augment", "none") not in AUGMENTATIONS:
         raise UsageError(f"{where}.augment={given['augment']!r}: allowed are {', '.join(AUGMENTATIONS)}")
     hub_values = {ours: given[key] for key, ours in _HUB_KEYS.items() if key in given}
-    if hub_values and "hub_id" not in given:
-        raise UsageError(f"{where}: {', '.join(k for k in _HUB_KEYS if k in given)} need hub_id")
+    if hub_values and not {"hub_id", "path"} & set(given):
+        raise UsageError(f"{where}: {', '.join(k for k in _HUB_KEYS if k in given)} need path or hub_id beside them")
     changes: dict[str, Any] = {key: given[key] for key in ("path", "classes", "augment") if key in given}
     if "hub_id" in given:
         # A repository of the user's own shares nothing with the catalog's data set but the name.
         base = Entry(name, augment=base.augment, hub=(Hub(given["hub_id"], **hub_values),))
+    elif hub_values:
+        base = replace(base, hub=(replace(base.hub[0] if base.hub else Hub(given["path"]), **hub_values),))
     return replace(base, **changes)

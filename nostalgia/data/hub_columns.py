@@ -11,14 +11,15 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
 
 def choose_columns(rows: Any, hub: Hub, where: str) -> tuple[str, str]:
-    """The image and the label column: as configured, or the only ones that can be meant. Raises UsageError."""
+    """The image and the label column: as configured, or the only ones that can be meant (of labels the first of
+    `LABEL_COLUMNS`). Raises UsageError."""
     features = rows.features
     for kind, wanted in (("image", hub.image), ("label", hub.label)):
         if wanted is not None and wanted not in features:
             raise UsageError(
                 f"{where}: no column {wanted!r}; it has {', '.join(features)}: set {kind}_column in dataset.entries.<name>"
             )
-    images = [hub.image] if hub.image else [name for name, feature in features.items() if _is_image(feature)]
+    images = [hub.image] if hub.image else _image_columns(features)
     labels = [hub.label] if hub.label else _label_columns(features)
     for kind, found in (("image", images), ("label", labels)):
         if len(found) != 1:
@@ -26,9 +27,10 @@ def choose_columns(rows: Any, hub: Hub, where: str) -> tuple[str, str]:
             if found:
                 what = f"{len(found)} columns could be the {kind}s ({', '.join(found)})"
             raise UsageError(
-                f"{where}: {what} among {', '.join(features)}; set hub_id and {kind}_column in dataset.entries.<name>"
+                f"{where}: {what} among {', '.join(features)}; set {kind}_column beside path or hub_id in "
+                "dataset.entries.<name>"
             )
-    if not _is_image(features[images[0]]):
+    if not (_is_image(features[images[0]]) or _is_bytes(features[images[0]])):
         raise UsageError(f"{where}: column {images[0]!r} holds no images ({features[images[0]]})")
     return images[0], labels[0]
 
@@ -71,6 +73,16 @@ def _is_image(feature: Any) -> bool:
     # Parquet files without the hub's metadata show an image as what it is stored as.
     stored = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     return stored or isinstance(feature, datasets.Image)
+
+
+def _is_bytes(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _image_columns(features: Any) -> list[str]:
+    """Those of images; where there are none, of files' bytes, as a table made by pandas has them."""
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    return images or [name for name, feature in features.items() if _is_bytes(feature)]
 
 
 def _label_columns(features: Any) -> list[str]:

@@ -78,7 +78,7 @@ class Step:
 
 
 class TaskLoader:
-    """Epochs of steps for one rank: training (shuffled, augmented) or evaluation (in order, as they are)."""
+    """Epochs of steps for one rank: training (shuffled, augmented) or evaluation (the same order each time, as they are)."""
 
     def __init__(
         self,
@@ -95,9 +95,11 @@ class TaskLoader:
         num_workers: int = 0,
         augment: str | Sequence[str] = "none",
         heads: Sequence[int] | None = None,
+        stratified: bool = False,
     ) -> None:
         """``augment``: one policy, or one for each data set of ``images``; ``heads``: the place of each data set's head
-        among those of the model, by default its own number."""
+        among those of the model, by default its own number; ``stratified``: evaluation in a seeded order, of which every
+        beginning holds the classes in proportion."""
         if len(images) == 0:
             raise UsageError(f"{name}: no samples to {'train on' if train else 'evaluate'}")
         self.images, self.view, self.name, self.train, self.seed = images, view, name, train, seed
@@ -105,6 +107,9 @@ class TaskLoader:
         self.micro_batch = per_device_batch_size * world_size
         self._least = min(2, per_device_batch_size) if train else 1  # rows of a batch
         self._heads = None if heads is None else torch.tensor(list(heads))
+        self._unshuffled = torch.arange(len(images))
+        if stratified:
+            self._unshuffled = stratified_choice(_classes_of(images), len(images), stable_seed(seed, name))
         self.accumulation_steps = accumulation_steps
         policies = [augment] * len(images.datasets) if isinstance(augment, str) else list(augment)
         if not train:
@@ -138,7 +143,7 @@ class TaskLoader:
 
     def _order(self, epoch: int) -> Tensor:
         if not self.train:
-            return torch.arange(len(self.images))
+            return self._unshuffled
         generator = torch.Generator().manual_seed(stable_seed(self.seed, self.name, epoch))
         return torch.randperm(len(self.images), generator=generator)
 
@@ -214,8 +219,7 @@ def curvature_batches(
     differ by at most one sample and may be empty. A batch is of one data set, so that its samples have one head.
     ``num_workers`` threads decode, or this one.
     """
-    classes = images.tasks * (int(images.labels.max()) + 1) + images.labels
-    chosen = stratified_choice(classes, num_samples, stable_seed(seed, name, -1))
+    chosen = stratified_choice(_classes_of(images), num_samples, stable_seed(seed, name, -1))
     chosen = chosen[images.tasks[chosen].argsort(stable=True)]
     mine = chosen.tensor_split(world_size)[rank]
     batches = []
@@ -226,6 +230,11 @@ def curvature_batches(
         batch.images = view.normalise_(images.shifted(batch.images, batch.tasks))
         batches.append(batch)
     return batches
+
+
+def _classes_of(images: Prepared) -> Tensor:
+    """(N,) a number for each class of each data set."""
+    return images.tasks * (int(images.labels.max()) + 1) + images.labels
 
 
 def stratified_choice(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -211,7 +211,7 @@ def _task(index: int, spec: TaskSpec, source: Source, seed: int, earlier: Sequen
         transform=spec.transform,
         augment=source.augment,
         source=f"{source.kind}: {source.where}",
-        notes=source.notes,
+        notes=(*source.notes, *_left_out(spec, source)),
         head=head,
     )
 
@@ -221,18 +221,25 @@ def _classes(name: str, spec: TaskSpec, source: Source, seed: int) -> list[int]:
     all_classes = source.train.classes
     if spec.part is not None:
         i, n = spec.part
-        if n > len(all_classes):
-            raise UsageError(
-                f"experiment.num_tasks={n} with experiment.split=classes: {source.name} has {len(all_classes)} classes"
-            )
         if spec.order is None:
             order = torch.randperm(len(all_classes), generator=torch.Generator().manual_seed(seed))
         else:
             order = torch.tensor(_indices(name, spec.order, source))
+        if n > len(order):
+            those = source.name if spec.order is None else f"experiment.class_order of {source.name}"
+            raise UsageError(
+                f"experiment.num_tasks={n} with experiment.split=classes: {those} has {len(order)} classes"
+            )
         return sorted(order.tensor_split(n)[i].tolist())
     if spec.classes is None:
         return list(range(len(all_classes)))
     return _indices(name, spec.classes, source)
+
+
+def _left_out(spec: TaskSpec, source: Source) -> tuple[str, ...]:
+    """A line where the order of a split by classes does not name all of them."""
+    count = len(source.train.classes) - (len(source.train.classes) if spec.order is None else len(spec.order))
+    return (f"{count} of {len(source.train.classes)} classes are in no task: experiment.class_order",) if count else ()
 
 
 def _indices(name: str, classes: Sequence[int | str], source: Source) -> list[int]:

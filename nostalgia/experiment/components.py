@@ -62,6 +62,13 @@ class Components:
         per_task = self.config.train.epochs_per_task
         return per_task[task.index - 1] if per_task is not None else self.config.train.epochs
 
+    def statistics_of(self, task: Task) -> dict[str, torch.Tensor]:
+        """Batch-norm statistics of a trained task's own; empty where it has none, or where its head is other tasks' too: which
+        of them an image is of is not known then."""
+        alone = [one.head for one in self.tasks[: len(self.norm_statistics)]].count(task.head) == 1
+        own = alone and self.config.model.norm_statistics == "per_task"
+        return self.norm_statistics[task.index - 1] if own else {}
+
     def scope_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in scope of the backbone as it is now, by name."""
         available = scope_parameters(self.backbone, self.config.model.scope)

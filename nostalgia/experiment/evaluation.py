@@ -32,12 +32,13 @@ class Evaluator:
     def score_finished(self, task: Task, pause: Pause | None = None) -> Score:
         """Of the run's network with all heads so far.
 
-        Where the task is known it has its own batch-norm statistics, where it is not those of the network as it stands.
+        Where the task is known it has its own batch-norm statistics (`Components.statistics_of`), where it is not those of the
+        network as it stands.
         """
         run = self.run
         model, head = run.model(), list(run.heads).index(task.head)
-        own, latest = run.norm_statistics[task.index - 1], run.norm_statistics[-1]
-        if run.config.model.norm_statistics != "per_task" or not own or task.index == len(run.norm_statistics):
+        own, latest = run.statistics_of(task), run.norm_statistics[-1]
+        if not own or task.index == len(run.norm_statistics):
             return self.score(model, task, head, pause)
         with norm_statistics.using(run.backbone, own):
             known = self.score(model, task, head, pause)

@@ -117,9 +117,9 @@ class Experiment:
         with ExitStack() as stack:
             display: list[Any] = []
 
-            def pause(work: int, done: int, of: int) -> None:
+            def pause(work: int, done: int, of: int, label: str = "eigenpairs") -> None:
                 if not display:
-                    display.append(stack.enter_context(self.progress.eigensolve(of)))
+                    display.append(stack.enter_context(self.progress.eigensolve(of, label)))
                 display[0].products(work, done)
                 self.checkpoints.after_product(work)
 

@@ -30,8 +30,8 @@ def export_run(run_dir: Path, run: Components, results: RunResults, argv: Sequen
         assert isinstance(head, nn.Linear)
         heads[task.name] = head
     model = run.config.model
-    # Statistics of each task are the network's own where they are shared or frozen.
-    statistics = run.norm_statistics if model.norm_statistics == "per_task" and any(run.norm_statistics) else []
+    # Tasks without statistics of their own have the network's.
+    statistics = {task.name: own for task in run.tasks if (own := run.statistics_of(task))}
     return export(
         run_dir / EXPORT,
         backbone=run.backbone,
@@ -41,5 +41,5 @@ def export_run(run_dir: Path, run: Components, results: RunResults, argv: Sequen
         method=results.method,
         # Merged adapters belong to the network of backbone/, no longer to the weights that the run began with.
         model_id=model.model_id if model.pretrained and not run.merges_adapters else None,
-        norm_statistics=dict(zip(heads, statistics, strict=False)),
+        norm_statistics=statistics,
     )

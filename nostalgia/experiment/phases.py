@@ -158,7 +158,7 @@ class Phases:
         self.experiment.checkpoints.after_step(self.training.taken, epoch_done)
 
 
-def no_pause(work: int, done: int, of: int) -> None:
+def no_pause(work: int, done: int, of: int, label: str = "") -> None:
     """Between steps the loop itself is where a run may stop."""
 
 

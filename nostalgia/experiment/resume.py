@@ -114,20 +114,27 @@ def _open(request: Request) -> tuple[Path, ResumedRun | None]:
 
 
 def make_run_folder(config: Config, folder: Path | None = None) -> Path:
-    """A fresh ``<output_dir>/<date_time>/``, or ``folder``, with config.yaml, and ``latest`` beside it."""
+    """A fresh ``<output_dir>/<date_time>/``, or ``folder``, with config.yaml."""
     parent = Path(config.experiment.output_dir).expanduser() if folder is None else folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         made = folder if folder is not None else _unused(parent)
         made.mkdir(exist_ok=folder is not None)
         save(config, made / "config.yaml")
-        link = parent / f".latest-{os.getpid()}"
-        link.symlink_to(made.name)
-        os.replace(link, parent / "latest")
     except OSError as error:
         option = f"experiment.output_dir={parent}" if folder is None else f"--run-dir {folder}"
         raise UsageError(f"{option}: cannot be written ({error.strerror or error}); name another folder") from None
     return made
+
+
+def point_latest_at(folder: Path) -> None:
+    """Let ``latest`` beside a run's folder mean it."""
+    link = folder.parent / f".latest-{os.getpid()}"
+    try:
+        link.symlink_to(folder.name)
+        os.replace(link, folder.parent / "latest")
+    except OSError as error:
+        raise UsageError(f"{folder.parent}/latest: cannot be written ({error.strerror or error})") from None
 
 
 def _unused(parent: Path) -> Path:

@@ -18,7 +18,7 @@ from nostalgia.experiment.experiment import Experiment
 from nostalgia.experiment.full_run import cost_of_full_run, full_run_of
 from nostalgia.experiment.info import check_figures, run_info, run_notes
 from nostalgia.experiment.method_choice import complete_method
-from nostalgia.experiment.resume import ResumedRun, open_run
+from nostalgia.experiment.resume import ResumedRun, open_run, point_latest_at
 from nostalgia.logging.console import print_config, start_panel
 from nostalgia.logging.progress import Progress
 from nostalgia.logging.streams import make_console
@@ -26,11 +26,13 @@ from nostalgia.parallel.coordination import on_main
 
 
 def _same_data(folder: Path, run: Components, request: Request, resumed: ResumedRun | None) -> None:
-    """Record the images of a run that begins; refuse to go on with others unless they are wanted."""
+    """Record the images of a run that begins, which is the latest from here on; refuse to go on with others unless wanted."""
     if resumed is not None and resumed.state is not None and not request.resume_override:
         check_data(folder, run.tasks, "give --resume-override to go on all the same")
     else:
         record_data(folder, run.tasks, run.config)
+    if resumed is None:
+        point_latest_at(folder)
 
 
 def run(request: Request, accelerator: Accelerator, precision: str) -> Path | None:

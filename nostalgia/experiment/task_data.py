@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from nostalgia.config.schema import Config
+from nostalgia.data import hub
 from nostalgia.data.folders import class_folders
 from nostalgia.data.images import ArrayImages, Subset
 from nostalgia.data.sources import Source, load_source
 from nostalgia.data.stream import Prepared, TaskLoader, View
 from nostalgia.data.tasks import Missing, Task, TaskSpec, build_tasks, expand_specs
-from nostalgia.errors import NotFoundError
+from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.parallel.coordination import main_first
 
 
@@ -94,6 +95,7 @@ def task_loader(
         num_workers=dataset.num_workers,
         augment=augmentations(config, tasks),
         heads=heads,
+        stratified=not train and config.train.max_eval_batches is not None,
     )
 
 
@@ -106,8 +108,12 @@ def augmentations(config: Config, tasks: Sequence[Task]) -> list[str]:
 def folder_task(config: Config, folder: Path, name: str, every: Mapping[str, Sequence[str]]) -> Task:
     """The images of a folder as those of the task ``name`` of a run; ``every`` gives the classes of all its tasks by name.
 
-    Raises NotFoundError for class folders that the task does not know.
+    Raises NotFoundError for class folders that the task does not know, UsageError for a folder without any by design.
     """
+    if hub.on_disk(folder):
+        raise UsageError(
+            f"{folder}: a data set as `datasets` keeps it; allowed is a folder of class folders, <class>/*"
+        )
     names, classes = list(every), every[name]
     train, val = class_folders(folder.resolve().name, folder)
     images = train if val is None else val

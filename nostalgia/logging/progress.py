@@ -151,11 +151,12 @@ class Progress:
 
     @contextmanager
     def eigensolve(self, wanted: int, label: str = "eigenpairs") -> Iterator[Eigensolve]:
-        """The computation of ``wanted`` eigenpairs."""
+        """The computation of ``wanted`` eigenpairs, or of as many other things, by name of ``label``."""
+        pairs = label == "eigenpairs"
         bar = None
         if self._live is not None:
             self._drop_phase_bar()
-            bar = self._live.add_task(label, total=wanted, tail="0 products")
+            bar = self._live.add_task(label, total=wanted, tail="0 products" if pairs else "")
         started = self._clock()
         last = [0, 0]
 
@@ -163,9 +164,10 @@ class Progress:
             last[:] = done, converged
             if self._live is not None and bar is not None:
                 most = f" of at most {limit}" if limit else ""
-                self._live.update(bar, completed=min(converged, wanted), tail=f"{done} products{most}")
+                self._live.update(bar, completed=min(converged, wanted), tail=f"{done} products{most}" if pairs else "")
             elif self._lines:
-                self._say(lambda: f"{self._head()}  {label}: {converged}/{wanted} converged, {done} products")
+                state = f" converged, {done} products" if pairs else ""
+                self._say(lambda: f"{self._head()}  {label}: {converged}/{wanted}{state}")
 
         try:
             yield Eigensolve(show)
@@ -174,8 +176,8 @@ class Progress:
                 self._live.remove_task(bar)
         seconds = self._clock() - started
         if self._lines:
-            ending = f"{last[1]}/{wanted} converged, {last[0]} products in {seconds:.1f} s"
-            self._say(lambda: f"{self._head()}  {label}: {ending}", always=True)
+            state = f"{last[1]}/{wanted} converged, {last[0]} products" if pairs else f"{wanted}"
+            self._say(lambda: f"{self._head()}  {label}: {state} in {seconds:.1f} s", always=True)
 
     def _head(self) -> str:
         return f"task {self._place.task}/{self.total_tasks} {self._place.name}"

@@ -21,7 +21,7 @@ from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.models.objective import Objective, Output
 
 
-def _no_pause(work: int, done: int, of: int) -> None:
+def _no_pause(work: int, done: int, of: int, label: str = "") -> None:
     """A place to stop that never stops."""
 
 
@@ -84,9 +84,10 @@ class TaskContext:
         counts = (torch.full_like(p, float(".lora_A." not in name)) for name, p in self.parameters.items())
         return self.space.take(p.detach() for p in counts)
 
-    pause: Callable[[int, int, int], None] = _no_pause
-    """``pause(work, done, of)``: within a long `end_task`, reports progress (``work`` units spent, ``done`` of ``of``), and
-    lets a run that was asked to stop do so, with a checkpoint of the method's state. All ranks call it together."""
+    pause: Callable[..., None] = _no_pause
+    """``pause(work, done, of, label="eigenpairs")``: within a long `end_task`, reports progress (``work`` units spent, ``done``
+    of ``of`` of what ``label`` says), and lets a run that was asked to stop do so, with a checkpoint of the method's state,
+    from which `end_task` is called again. All ranks call it together."""
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,13 @@ class Gpm(Method):
     def end_task(self, task: TaskContext) -> None:
         if self.config.threshold == 0 or not task.wants_curvature:
             return
+        grown = {}
         moments = self._input_moments(task)
-        for name, moment in moments.items():
+        for number, (name, moment) in enumerate(moments.items()):
+            task.pause(number, number, len(moments), label="layers")  # wide convolutions take a minute each on a CPU
             span = grown_span(self.spans.get(name), moment, self.config.threshold)
-            self.spans[name] = span.to(task.parameters[name].dtype)
+            grown[name] = span.to(task.parameters[name].dtype)
+        self.spans.update(grown)
 
     def _input_moments(self, task: TaskContext) -> dict[str, Tensor]:
         """X X^T (i, i) in float64 of each layer's inputs X over the samples of all ranks."""
@@ -133,11 +136,14 @@ def grown_span(span: Tensor | None, moment: Tensor, threshold: float) -> Tensor:
     """``span`` (i, m) and leading directions of ``moment`` (i, i) outside it, until it holds ``threshold`` of the trace."""
     size = moment.shape[0]
     held = moment.new_zeros(size, 0) if span is None else span.to(moment.dtype)
-    outside = torch.eye(size, dtype=moment.dtype, device=moment.device) - held @ held.T
     total = moment.trace()
-    values, vectors = torch.linalg.eigh(outside @ moment @ outside)
+    seen = moment @ held  # (i, m)
+    within = held.T @ seen
+    crossed = held @ seen.T
+    outside = moment - crossed - crossed.T + held @ within @ held.T  # (I - H H^T) M (I - H H^T)
+    values, vectors = torch.linalg.eigh(outside)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    share = ((held.T @ moment @ held).trace() + torch.cat([values.new_zeros(1), values.cumsum(0)])) / total
+    share = (within.trace() + torch.cat([values.new_zeros(1), values.cumsum(0)])) / total
     needed = int((share < threshold).sum())
     needed = min(needed, size - held.shape[1])
     grown, _ = torch.linalg.qr(torch.cat([held, vectors[:, :needed]], dim=1))

@@ -56,6 +56,18 @@ def test_the_gradient_scaler_goes_on_at_its_scale(monkeypatch: pytest.MonkeyPatc
     assert contents.state["scaler"]["scale"] == 256.0
 
 
+def test_a_task_whose_head_is_other_tasks_too_has_no_statistics_of_its_own() -> None:
+    """They would say which of the tasks an image is of, which accuracy under one head does not know."""
+    for shared, expected in ((False, 2), (True, 0)):
+        words = [*RESNET, "experiment.split=classes", f"experiment.head={'shared' if shared else 'per_task'}"]
+        run = build_components(parse(words).config, Accelerator(cpu=True), "32")
+        own = norm_statistics.capture(run.backbone)
+        run.norm_statistics = [own]
+        assert run.statistics_of(run.tasks[0]) is own  # alone so far
+        run.norm_statistics = [own, {name: value + 1 for name, value in own.items()}]
+        assert sum(bool(run.statistics_of(task)) for task in run.tasks) == expected
+
+
 class Whole(Method):
     """A method whose state is read whole, by ``dict``."""
 

@@ -294,6 +294,21 @@ def test_columns_that_do_not_say_enough(tmp_path: Path) -> None:
     assert "no split 'trian'; it has train" in refusal(none, NotFoundError, label_column="kind", train_split="trian")
 
 
+def test_columns_of_a_folder_are_named_beside_its_path(tmp_path: Path) -> None:
+    table(range(4), label="kind", labels=datasets.Value("int64")).save_to_disk(tmp_path / "saved")
+    folder = str(tmp_path / "saved")
+    with pytest.raises(UsageError, match="set label_column beside path or hub_id"):
+        load_source(folder)
+    source = load_source("mine", entries={"mine": {"path": folder, "label_column": "kind"}})
+    assert (len(source.train), source.train.classes) == (9, ("0", "1", "2"))
+    (tmp_path / "plain").mkdir()
+    files = [png(digit, number) for digit in (0, 1) for number in range(4)]
+    rows = datasets.Dataset.from_dict({"picture": files, "label": [0] * 4 + [1] * 4})  # bytes, as pandas keeps them
+    rows.to_parquet(tmp_path / "plain" / "train.parquet")
+    plain = load_source(str(tmp_path / "plain")).train
+    assert torch.equal(plain.image(0), source.train.image(0))
+
+
 def test_validation_with_a_class_of_its_own_or_without_one(tmp_path: Path) -> None:
     whole, part = table(range(4)), table(range(4), digits=(0, 2))
     less = repository(tmp_path / "less", train=whole, test=part)

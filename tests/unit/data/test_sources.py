@@ -110,7 +110,7 @@ def test_entries_of_ones_own(tmp_path: Path) -> None:
         ({"classes": "3"}, "positive number"),
         ({"path": 3}, "allowed is a text"),
         ({"augment": "mixup"}, "allowed are none"),
-        ({"label_column": "x"}, "need hub_id"),
+        ({"label_column": "x"}, "need path or hub_id"),
         ("x", "expected keys"),
     ],
 )

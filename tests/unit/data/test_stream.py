@@ -157,6 +157,18 @@ def test_evaluation_is_in_order_and_as_it_is(digits: Prepared) -> None:
     torch.testing.assert_close(batch.images, (expected - 0.5) / 0.5)
 
 
+def test_a_part_of_an_evaluation_holds_every_class_in_proportion(tmp_path: Path) -> None:
+    """Class folders come class by class: their first images would be of one class."""
+    root = write_tree(tmp_path / "animals", ["ant", "bee", "cat"])
+    images = Prepared([load_source(str(root)).train], [()], Resizing(8))
+    one = loader(images, 6, train=False, stratified=True)
+    first, again = (next(iter(one.epoch(epoch))).micro_batches[0] for epoch in (0, 1))
+    assert first.labels.bincount().tolist() == [2, 2, 2]
+    assert torch.equal(first.indices, again.indices)
+    whole = torch.cat([step.micro_batches[0].indices for step in one.epoch(0)])
+    assert torch.equal(whole.sort().values, torch.arange(len(images)))
+
+
 def test_memory_and_files_give_the_same_pixels() -> None:
     for size in (8, 5, 32):
         images = Prepared([load_source("digits").val], [()], Resizing(size))

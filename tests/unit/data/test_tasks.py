@@ -11,7 +11,16 @@ import torch
 from nostalgia.config import parse
 from nostalgia.data.source import Source, stratified_split
 from nostalgia.data.sources import load_source
-from nostalgia.data.tasks import Missing, TaskSpec, build_tasks, data_notes, expand_specs, find_tasks, head_classes
+from nostalgia.data.tasks import (
+    Missing,
+    Task,
+    TaskSpec,
+    build_tasks,
+    data_notes,
+    expand_specs,
+    find_tasks,
+    head_classes,
+)
 from nostalgia.errors import NotFoundError, UsageError
 from nostalgia.experiment.data_check import record_data
 from tests.unit.data.trees import write_tree
@@ -100,6 +109,19 @@ def test_an_order_that_is_none_is_refused(text: str, words: str, tmp_path: Path)
     (tmp_path / "order.json").write_text('["0", "ten"]')
     with pytest.raises(UsageError, match="class 'ten' is not in digits"):
         build_tasks(expand_specs(None, "digits", 2, "classes", class_order=str(tmp_path / "order.json")), load, seed=0)
+
+
+def test_an_order_of_some_classes_is_noted_and_has_as_many_parts_as_it_can(tmp_path: Path) -> None:
+    (tmp_path / "order.json").write_text("[3, 1, 2]")
+
+    def tasks(count: int) -> list[Task]:
+        specs = expand_specs(None, "digits", count, "classes", class_order=str(tmp_path / "order.json"))
+        return build_tasks(specs, load, seed=0)
+
+    assert [task.classes for task in tasks(2)] == [("1", "3"), ("2",)]
+    assert "digits: 7 of 10 classes are in no task: experiment.class_order" in data_notes(tasks(2))
+    with pytest.raises(UsageError, match=r"num_tasks=4 .* experiment.class_order of digits has 3 classes"):
+        tasks(4)
 
 
 def test_more_parts_than_classes() -> None:
