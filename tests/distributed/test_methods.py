@@ -133,6 +133,23 @@ def test_softened_factors_are_not_taken_for_the_curvature_of_the_loss() -> None:
     assert own["linear"] + own["exact"] == pytest.approx(own["measured"], rel=0.005)
 
 
+@pytest.mark.exhaustive
+def test_bench_eigenspaces_measures_each_way_on_images_put_aside(tmp_path: Path) -> None:
+    words = [
+        "method=bench.eigenspaces:Eigenspaces", f"method.out={tmp_path / 'eigenspaces.json'}", "method.k=2",
+        "method.held_out=16", *BASE, "curvature.num_samples=80", "curvature.batch_size=16", "curvature.tol=0.3",
+    ]  # fmt: skip
+    run_ranks(check_runs, 1, runs={"one": words})
+    found = json.loads((tmp_path / "eigenspaces.json").read_text())["rows"]
+    assert [row["by"] for row in found] == ["Kronecker factors", "rows", "lanczos, ggn", "lanczos, hessian"]
+    assert {row["samples"] for row in found} == {64}
+    assert all(row["epochs"] > 0 for row in found)
+    rows, ggn, hessian = found[1:]
+    assert rows["products"] == 0 < min(ggn["products"], hessian["products"])
+    assert 0.1 < rows["captured_energy"] < 1
+    assert rows["captured_energy"] == pytest.approx(ggn["captured_energy"], rel=0.2)
+
+
 def test_the_terms_of_bench_orders_are_those_of_the_loss(tmp_path: Path) -> None:
     """On the first tenth of a short way second order is the loss; what is left of it by layer is less than the whole."""
     words = [
