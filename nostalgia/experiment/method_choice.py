@@ -43,6 +43,8 @@ def complete_method(config: Config) -> list[str]:
     method = make_method(name, {**given, **every}, config.experiment.seed)
     method.check(len(task_specs(config)), curvature_options(config))
     check_optimizer(config.train.optimizer, needs_metric=method.needs_metric)
+    if method.restarts_adapters and not config.model.use_lora:
+        raise UsageError(f"method={name}: it begins adapters anew, and the network has none; set model.use_lora=true")
     if config.model.use_lora and config.model.lora.merge == "task" and method.keeps_positions:
         tail = f" method.tail={method.config.tail}" if hasattr(method.config, "tail") else ""
         raise UsageError(

@@ -117,7 +117,7 @@ class Method:
     """Takes steps in the optimizer's metric, which must be known; an instance may set it."""
     restarts_adapters: bool = False
     """Merge LoRA adapters into the weights and draw them anew (B = 0) before every task but the first, whatever
-    ``model.lora.merge``."""
+    ``model.lora.merge``; without ``model.use_lora`` the run is refused."""
     prefers_merged_adapters: bool = False
     """What ``model.lora.merge=auto`` means: merge and begin anew (B = 0, A as it is), or never; an instance may set it."""
     keeps_positions: bool = False

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nostalgia.curvature.fisher import LABELS, layer_fisher
-from nostalgia.errors import UsageError
 from nostalgia.linalg.vector_space import VectorSpace
 from nostalgia.methods.base import MemoryPlan, Method, TaskContext
 from nostalgia.models.adapters import Adapter, adapters_of, matrices, scalings
@@ -49,8 +48,6 @@ class EwcLora(Method):
     def begin_task(self, task: TaskContext) -> None:
         self.adapters = adapters_of(inner_module(task.model).backbone)  # type: ignore[arg-type]
         self.scalings = scalings(inner_module(task.model).backbone)  # type: ignore[arg-type]
-        if not self.adapters:
-            raise UsageError("method=ewc_lora: the network has no adapters; set model.use_lora=true, or use method=ewc")
 
     @torch.no_grad()
     def gradients(self) -> None:

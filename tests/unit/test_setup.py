@@ -51,6 +51,10 @@ def test_tasks_trained_together_keep_their_own_augmentation() -> None:
         (["method=ewc", "method.labels=real"], "sampled, true"),
         (["method=finetune", "method.strength=1"], "unknown key method.strength; it has no options"),
         (["method.name=ewcc"], "did you mean ewc"),
+        (
+            ["method=ewc_lora", "model.use_lora=false"],
+            "method=ewc_lora: it begins adapters anew, and the network has none",
+        ),
         (["method=json:JSONDecoder"], "not a class derived from nostalgia.methods.Method"),
     ],
 )
@@ -85,11 +89,11 @@ class Options(Method):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("import nowhere_at_all", "Fine", "own_one.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
-        ("def f(:", "Fine", "own_one.py, line 1: SyntaxError: "),
-        ("raise SystemExit(7)", "Fine", "own_one.py, line 1: SystemExit: 7"),
-        (OWN, "Nope", "own_one.py has no Nope"),
-        (OWN, "Fails", "own_one.py, line 9: AttributeError: 'Fails' object has no attribute 'missing'"),
+        ("import nowhere_at_all", "Fine", "own_text.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(:", "Fine", "own_text.py, line 1: SyntaxError: "),
+        ("raise SystemExit(7)", "Fine", "own_text.py, line 1: SystemExit: 7"),
+        (OWN, "Nope", "own_text.py has no Nope"),
+        (OWN, "Fails", "own_text.py, line 9: AttributeError: 'Fails' object has no attribute 'missing'"),
         (OWN, "Numbered", "its name is 5; allowed are letters"),
         (OWN, "Path", "its name is 'a/b c'; allowed are letters"),
         (OWN, "Options", "its Config is 3; allowed is a dataclass"),
@@ -99,14 +103,14 @@ class Options(Method):
 def test_a_module_of_the_users_that_does_not_work_is_one_line(
     text: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_one.py").write_text(text)
+    (tmp_path / "own_text.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_one", raising=False)
+    monkeypatch.delitem(sys.modules, "own_text", raising=False)
     if not message:
-        assert make_method(f"own_one:{name}", {}, 0).name == name
+        assert make_method(f"own_text:{name}", {}, 0).name == name
         return
     with pytest.raises(NostalgiaError) as caught:
-        make_method(f"own_one:{name}", {}, 0)
+        make_method(f"own_text:{name}", {}, 0)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
