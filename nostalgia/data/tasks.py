@@ -238,8 +238,10 @@ def _classes(name: str, spec: TaskSpec, source: Source, seed: int) -> list[int]:
 
 def _left_out(spec: TaskSpec, source: Source) -> tuple[str, ...]:
     """A line where the order of a split by classes does not name all of them."""
-    count = len(source.train.classes) - (len(source.train.classes) if spec.order is None else len(spec.order))
-    return (f"{count} of {len(source.train.classes)} classes are in no task: experiment.class_order",) if count else ()
+    total = len(source.train.classes)
+    if spec.order is None or len(spec.order) == total:
+        return ()
+    return (f"{total - len(spec.order)} of {total} classes are in no task: experiment.class_order",)
 
 
 def _indices(name: str, classes: Sequence[int | str], source: Source) -> list[int]:

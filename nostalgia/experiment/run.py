@@ -31,7 +31,7 @@ def _same_data(folder: Path, run: Components, request: Request, resumed: Resumed
         check_data(folder, run.tasks, "give --resume-override to go on all the same")
     else:
         record_data(folder, run.tasks, run.config)
-    if resumed is None:
+    if resumed is None or resumed.state is None:
         point_latest_at(folder)
 
 

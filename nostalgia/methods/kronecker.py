@@ -51,12 +51,12 @@ class Kronecker(Method):
         super().__init__(config, seed)
         self.tail = make_tail(
             TailOptions(
-                "kronecker",
-                config.strength,
-                config.num_samples,
-                config.draws,
-                config.temperature,
-                config.budget_bytes,
+                kind="kronecker",
+                strength=config.strength,
+                num_samples=config.num_samples,
+                draws=config.draws,
+                temperature=config.temperature,
+                budget_bytes=config.budget_bytes,
             )
         )
         self.path = PathStep(config.path)

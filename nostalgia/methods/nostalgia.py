@@ -80,12 +80,12 @@ class Nostalgia(Method):
         self.projector: GradientProjector | None = None
         self.tail = make_tail(
             TailOptions(
-                config.tail,
-                config.tail_strength,
-                config.tail_samples,
-                config.tail_draws,
-                config.tail_temperature,
-                config.tail_budget_bytes,
+                kind=config.tail,
+                strength=config.tail_strength,
+                num_samples=config.tail_samples,
+                draws=config.tail_draws,
+                temperature=config.tail_temperature,
+                budget_bytes=config.tail_budget_bytes,
             )
         )
         self.path = PathStep(config.path)
