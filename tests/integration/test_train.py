@@ -113,6 +113,15 @@ def test_joint_fills_the_last_row(tmp_path: Path) -> None:
     assert all(a is not None for a in matrix[2])
 
 
+def test_a_run_that_is_refused_is_not_the_latest(tmp_path: Path) -> None:
+    """Its data is read once its folder is there."""
+    (tmp_path / "runs" / "good").mkdir(parents=True)
+    (tmp_path / "runs" / "latest").symlink_to("good")
+    done = train(tmp_path, *SMALL, "experiment.tasks=[{dataset: digits, classes: [ten]}]")
+    assert done.codes == [2]
+    assert (tmp_path / "runs" / "latest").readlink() == Path("good")
+
+
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     done = train(tmp_path, "--suite", "demo", "--dry-run")
     assert not any(done.codes), done.stderr
