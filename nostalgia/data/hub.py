@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nostalgia.data.catalog import Entry, Hub
-from nostalgia.data.hub_columns import choose_columns, class_order, label_names
+from nostalgia.data.hub_columns import LABEL_COLUMNS, choose_columns, class_order, label_names
 from nostalgia.data.images import ImageDataset, Subset, common_white, decode
 from nostalgia.data.source import Source, make_source
 from nostalgia.errors import NotFoundError, UsageError
@@ -137,7 +137,9 @@ def _source(entry: Entry, hub: Hub, where: str, splits: dict[str, Any], val_frac
     val = None
     if val_name is not None:
         val = _images(entry, hub, _rows(splits, val_name, where), image, label, where, train.classes)
-    return make_source(entry, "hub", where, train, val, val_fraction)
+    others = [name for name in LABEL_COLUMNS if name in rows.features and name != label and hub.label is None]
+    notes = (f"labels are column {label!r}; label_column takes {' or '.join(others)}",) if others else ()
+    return make_source(entry, "hub", where, train, val, val_fraction, notes)
 
 
 def _rows(splits: dict[str, Any], names: str, where: str) -> Any:

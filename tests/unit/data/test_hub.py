@@ -294,6 +294,17 @@ def test_columns_that_do_not_say_enough(tmp_path: Path) -> None:
     assert "no split 'trian'; it has train" in refusal(none, NotFoundError, label_column="kind", train_split="trian")
 
 
+def test_one_of_several_columns_of_labels_is_taken_and_named(tmp_path: Path) -> None:
+    fine = {"fine_label": (datasets.Value("string"), str)}
+    table(range(4), more=fine).save_to_disk(tmp_path / "saved")
+    source = load_source(str(tmp_path / "saved"))
+    assert source.train.classes == tuple(NAMES)
+    assert "labels are column 'label'; label_column takes fine_label" in source.notes
+    chosen = load_source("mine", entries={"mine": {"path": str(tmp_path / "saved"), "label_column": "fine_label"}})
+    assert chosen.train.classes == ("0", "1", "2")
+    assert chosen.notes == tuple(note for note in source.notes if "label_column" not in note)
+
+
 def test_columns_of_a_folder_are_named_beside_its_path(tmp_path: Path) -> None:
     table(range(4), label="kind", labels=datasets.Value("int64")).save_to_disk(tmp_path / "saved")
     folder = str(tmp_path / "saved")
