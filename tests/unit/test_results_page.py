@@ -44,7 +44,7 @@ def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
     ]  # fmt: skip
     found += study("study_settings")["parts"].values()
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 678
+    assert len(runs) == 680
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
