@@ -130,6 +130,14 @@ def test_wrong_usage_runs_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_option_that_one_of_the_methods_lacks_is_named_with_it() -> None:
+    options = command.read_options(
+        ["--methods", "ewc,finetune", "--seeds", "0", "--suite", "demo", "method.strength=3"]
+    )
+    with pytest.raises(UsageError, match=r"method=finetune: unknown key method.strength; .* methods.<name>.<option>="):
+        command.cells(options)
+
+
 def test_a_strength_is_run_as_it_is_named(tmp_path: Path) -> None:
     words = ["--methods", "ewc", "--seeds", "0", "--strengths", "12345678.5,1e6,0.12345671", "--suite", "demo"]
     options = command.read_options([*words, f"experiment.output_dir={tmp_path}"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nostalgia.experiment import resume
+from nostalgia.methods import gpm
 from tests import ranks
 from tests.ranks import Finished, run, run_train
 
@@ -17,6 +21,8 @@ SMALL = (
     "nostalgia.top_k=4", "nostalgia.num_samples=64", "nostalgia.tol=0.1", "train.log_every_n_steps=1",
     "nostalgia.guard_every_n_steps=5",
 )  # fmt: skip
+
+LAYERS = 13  # with a weight matrix, of the demo's network
 
 SECRETS = {"WANDB_API_KEY": "secret123", "HF_TOKEN": "secret456"}  # in the environment of every run here
 
@@ -135,6 +141,31 @@ def test_a_folder_that_goes_away_ends_in_one_line(tmp_path: Path) -> None:
     assert done.codes == [4]
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def stopped_within_gpm(words: list[str]) -> int:
+    """The program, told to stop while gpm takes in the third layer of the second task's end."""
+    original, calls = gpm.grown_span, itertools.count(1)
+
+    def grown_span(*given: Any) -> Any:
+        if next(calls) == LAYERS + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    gpm.grown_span = grown_span
+    return ranks.train(words)
+
+
+def test_a_stop_between_two_layers_of_gpm_loses_nothing(tmp_path: Path) -> None:
+    words = [*SMALL, "method=gpm", "train.epochs=1", "train.max_steps_per_epoch=2", "logger.report=false"]
+    whole = train(tmp_path / "whole", *words)
+    assert not any(whole.codes), whole.stderr
+    folder = tmp_path / "stopped" / "runs"
+    assert run(stopped_within_gpm, [*words, f"experiment.output_dir={folder}"]).codes == [75]
+    assert any(path.name.endswith("task2_end") for path in (folder / "latest" / "checkpoints").iterdir())
+    again = run_train(["--resume", str((folder / "latest").resolve())])
+    assert not any(again.codes), again.stderr
+    assert results(tmp_path / "stopped")["accuracy_matrix"] == results(tmp_path / "whole")["accuracy_matrix"]
 
 
 def blocked(words: list[str]) -> int:

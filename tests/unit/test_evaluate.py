@@ -76,6 +76,10 @@ def test_a_folder_of_images_under_the_tasks_classes(run: Path, tmp_path: Path) -
     assert (len(task.val), task.val.labels.tolist(), task.transform) == (4, [3, 3, 7, 7], ("invert",))
     whole = folder_task(config, tmp_path / "mine" / "train", "task1_digits", both)
     assert (len(whole.val), whole.transform) == (8, ())
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").touch()
+    with pytest.raises(UsageError, match="allowed is a folder of class folders"):
+        folder_task(config, tmp_path / "saved", "task1_digits", both)
     write_tree(tmp_path / "mine", ("many",), train=1, val=1)
     with pytest.raises(NotFoundError, match="class folders many are no classes of task1_digits; it knows 0, 1"):
         folder_task(config, tmp_path / "mine", "task1_digits", both)
