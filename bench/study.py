@@ -89,12 +89,21 @@ ARMS = {
 }
 # The whole network trained, without adapters: a ViT at a tenth of the rate, or a ResNet (--model resnet18).
 WHOLE = ("model.use_lora=false", "train.lr=1e-4")
+HEAD_RATE = "train.head_lr=3e-3"
 WHOLE_ARMS = {
     "finetune, whole": Arm("finetune", WHOLE),
     "heads_only, whole": Arm("heads_only", WHOLE),
     "kronecker, whole": Arm("kronecker", WHOLE, {"strength": (1, 10, 30, 100, 300), "temperature": (4,)}),
     "kronecker and anchor, whole": Arm(
         "kronecker", WHOLE, {"strength": (10, 30), "temperature": (4,), "anchor": (1, 2, 4)}
+    ),
+    # The rate that a pretrained backbone bears is too little for a head that begins anew.
+    "finetune, whole, head's rate": Arm("finetune", (*WHOLE, HEAD_RATE), {"lr": (3e-5, 1e-4)}),
+    "heads_only, head's rate": Arm("heads_only", (*WHOLE, HEAD_RATE)),
+    "kronecker and anchor, whole, head's rate": Arm(
+        "kronecker",
+        (*WHOLE, HEAD_RATE),
+        {"lr": (3e-5,), "strength": (10, 30, 100), "temperature": (4,), "anchor": (1, 2)},
     ),
 }
 # The search before: what temperature, an anchor and fresh adapters change.

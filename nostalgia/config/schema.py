@@ -228,6 +228,12 @@ class TrainConfig:
         choices=("adamw", "sgd", "lion", "adafactor"),
     )
     lr: float = option(3e-4, above=0)
+    head_lr: float | None = option(
+        None,
+        "Of the heads, which begin anew where the backbone is pretrained: 10 to 100 times lr is usual for a whole backbone. "
+        "null: train.lr.",
+        above=0,
+    )
     weight_decay: float = option(0.05, low=0)
     betas: list[float] = option(factory=lambda: [0.9, 0.999], help="Of adamw and lion.")
     momentum: float = option(0.9, "Of sgd.", low=0, high=0.9999)
@@ -238,7 +244,7 @@ class TrainConfig:
         "Epochs a new head is trained alone before its task; 0: none, and no forward transfer is measured.",
         low=0,
     )
-    head_warmup_lr: float | None = option(None, "null: train.lr.", above=0)
+    head_warmup_lr: float | None = option(None, "null: train.head_lr, or train.lr.", above=0)
     gradient_accumulation_steps: int = option(1, low=1, free=True)
     max_grad_norm: float | None = option(1.0, above=0)
     label_smoothing: float = option(0.0, low=0, high=0.99)

@@ -173,10 +173,12 @@ def begin_adapters_anew(run: Components, task: Task) -> None:
 def optimization(config: Config, epochs: int, *, head_only: bool = False) -> Optimization:
     """How a phase is optimised; the head's warm-up has a constant rate from the start."""
     train = config.train
+    head_lr = train.head_lr or train.lr
     return Optimization(
         epochs=epochs,
         optimizer=train.optimizer,
-        lr=(train.head_warmup_lr or train.lr) if head_only else train.lr,
+        lr=train.lr,
+        head_lr=(train.head_warmup_lr or head_lr) if head_only else head_lr,
         weight_decay=train.weight_decay,
         betas=(train.betas[0], train.betas[1]),
         momentum=train.momentum,

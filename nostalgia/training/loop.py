@@ -35,6 +35,7 @@ class Optimization:
     epochs: int
     optimizer: str = "adamw"  # one of OPTIMIZERS
     lr: float = 3e-4
+    head_lr: float | None = None  # None: lr
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9

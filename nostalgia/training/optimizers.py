@@ -84,15 +84,22 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def make_optimizer(model: nn.Module, name: str, options: Mapping[str, Any]) -> Optimizer:
-    """The optimizer ``name`` over the parameters that require a gradient; takes its own of ``options``."""
+    """The optimizer ``name`` over the parameters that require a gradient; takes its own of ``options``.
+
+    ``options["head_lr"]``, where given, is the rate of those called ``heads.*``, in a group of their own.
+    """
     kind = OPTIMIZERS[name]
     taken = {key: options[key] for key in ("lr", "weight_decay", *kind.options)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
     if kind.fused_on_cpu and all(p.device.type == "cpu" for p in parameters):
         taken["fused"] = True
     elif kind.foreach and any(isinstance(p, DTensor) for p in parameters):
         taken["foreach"] = True  # by themselves torch's would go through shards one by one
-    return kind.make(parameters, **taken)
+    heads = [p for name, p in trained.items() if name.startswith("heads.")]
+    backbone = [p for name, p in trained.items() if not name.startswith("heads.")]
+    groups = [{"params": backbone}, {"params": heads, "lr": options.get("head_lr") or taken["lr"]}]
+    return kind.make([group for group in groups if group["params"]], **taken)
 
 
 def check_optimizer(name: str, *, needs_metric: bool = False, sharded: bool = False) -> None:

@@ -28,7 +28,7 @@ METHODS = {
     "nostalgia": ["method.tail=kronecker", "method.anchor=0.5", "method.tail_samples=32", *LORA],
     "nostalgia lion": ["train.optimizer=lion", "method.metric_every=3"],
     "finetune adafactor": ["train.optimizer=adafactor"],
-    "kronecker": ["method.num_samples=32", *LORA],
+    "kronecker": ["method.num_samples=32", "train.head_lr=2e-2", *LORA],
     "ewc_lora": ["method.strength=100", "method.num_samples=32", *LORA],
     "averaging": ["method.mode=uniform"],
     "heads_only": [],

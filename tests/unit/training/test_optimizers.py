@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW
 
+from nostalgia.config import parse
 from nostalgia.config.schema import TrainConfig
 from nostalgia.errors import UsageError
-from nostalgia.training.loop import Optimization
+from nostalgia.experiment.phases import optimization
+from nostalgia.training.loop import Optimization, make_scheduler
 from nostalgia.training.optimizers import OPTIMIZERS, Lion, check_optimizer, make_optimizer
 
 
@@ -44,6 +46,37 @@ def test_each_is_made_with_its_options_over_what_is_trained(name: str, kind: typ
     before = model[1].weight.detach().clone()
     optimizer.step()
     assert not torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_heads_have_a_rate_of_their_own(name: str) -> None:
+    """It falls and rises with the backbone's."""
+    model = nn.ModuleDict({"backbone": nn.Linear(3, 4), "heads": nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])})
+    model["backbone"].bias.requires_grad_(False)
+    options = Optimization(epochs=1, lr=0.01, head_lr=0.5, warmup_epochs=0)
+    optimizer = make_optimizer(model, name, vars(options))
+    backbone, heads = optimizer.param_groups
+    assert backbone["params"] == [model["backbone"].weight]
+    assert heads["params"] == list(model["heads"].parameters())
+    scheduler = make_scheduler(optimizer, options, 4)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert (backbone["lr"], heads["lr"]) == pytest.approx((0.005, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (1e-4, 1e-4, 1e-4)),
+        (["train.head_lr=1e-2"], (1e-4, 1e-2, 1e-2)),
+        (["train.head_lr=1e-2", "train.head_warmup_lr=1e-3"], (1e-4, 1e-2, 1e-3)),
+    ],
+)
+def test_the_rate_of_heads_and_of_their_warm_up(words: list[str], expected: tuple[float, float, float]) -> None:
+    config = parse(["dataset=digits", "train.lr=1e-4", *words]).config
+    together, alone = optimization(config, 3), optimization(config, 3, head_only=True)
+    assert (together.lr, together.head_lr, alone.head_lr) == expected
 
 
 def test_lion_is_its_formula() -> None:
