@@ -103,8 +103,12 @@ WHOLE_ARMS = {
     "kronecker and anchor, whole, head's rate": Arm(
         "kronecker",
         (*WHOLE, HEAD_RATE),
-        {"lr": (3e-5,), "strength": (10, 30, 100), "temperature": (4,), "anchor": (1, 2)},
+        {"lr": (3e-5,), "strength": (10, 3, 1), "temperature": (4,), "anchor": (0.5, 1)},
     ),
+    "kronecker, whole, head's rate": Arm(
+        "kronecker", (*WHOLE, HEAD_RATE), {"lr": (3e-5,), "strength": (1, 10), "temperature": (4,)}
+    ),
+    "lwf, whole, head's rate": Arm("lwf", (*WHOLE, HEAD_RATE), {"lr": (3e-5,), "strength": (0.5,)}),
 }
 # The search before: what temperature, an anchor and fresh adapters change.
 PENALTY = (3, 10, 30, 100, 300)

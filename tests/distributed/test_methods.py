@@ -39,7 +39,8 @@ CASES |= {
     for name in ("ewc", "lwf", "er", "derpp", "agem", "gpm", "nostalgia", "kronecker")
 }
 CASES["dropout"] = [
-    "method=finetune", "model.config.hidden_dropout_prob=0.2", "train.gradient_accumulation_steps=2", "train.head_lr=2e-2", *LORA,
+    "method=finetune", "model.config.hidden_dropout_prob=0.2", "train.gradient_accumulation_steps=2",
+    "train.head_lr=2e-2", *LORA,
 ]  # fmt: skip
 CASES["ewc_lora lora"] = ["method=ewc_lora", "method.strength=100", "method.num_samples=37", *LORA]
 CASES["kronecker frozen lora"] = [
