@@ -100,7 +100,8 @@ def layer_fisher(
             slopes = output_gradients(passed, slope, layer_outputs, retain=False)
             count += len(batch)
             for layer in found:
-                g, x = output_rows(layer.base, slopes[layer.name]), input_rows(layer.base, inputs[layer.name])
+                g = output_rows(layer.base, slopes[layer.name], len(slope))
+                x = input_rows(layer.base, inputs[layer.name], len(slope))
                 square = torch.einsum("bto,bti->boi", g, x).square().sum(dim=0)
                 sums[layer.name] = sums.get(layer.name, 0) + square
     for layer in found:

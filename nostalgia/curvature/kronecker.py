@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nostalgia.curvature.base import Parameters, parameters_in_scope
-from nostalgia.curvature.batches import map_tensors, tensors_of, to_device
+from nostalgia.curvature.batches import map_tensors, rows_of, tensors_of, to_device
 from nostalgia.curvature.context import fix_randomness, product_context, value_dtype
 from nostalgia.curvature.cotangents import OutputMetric, sample_numbers
 from nostalgia.curvature.layers import (
@@ -34,8 +34,11 @@ from nostalgia.curvature.layers import (
     weight_of,
 )
 from nostalgia.curvature.network import Network
-from nostalgia.errors import RunFailedError
+from nostalgia.curvature.sample_gradients import layers_by_formula
+from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.vector_space import VectorSpace
+
+GRADIENT_BYTES = 2**28  # of single samples' gradients in the parameters that no layer holds, at a time
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,11 @@ def kronecker_factors(
     device = accelerator.device if accelerator is not None else first.device
     dtype = value_dtype(precision, first.dtype)
     network = Network(model, forward_fn, tuple(scope), device, dtype)
-    layers, rest = find_layers(network)
     space = space or VectorSpace.of({given[name]: p for name, p in scope.items()}, dtype=dtype, device=device)
     batches = list(batches)
     before, total = sample_numbers(batches, space, "Kronecker factors")
+    with product_context(precision, device):
+        layers, rest = _layers_with_factors(network, batches, precision, space)
     sums = _Sums(layers, network, rest)
     with product_context(precision, device), recorded({layer.name: layer.module for layer in layers}) as take:
         for index, batch in enumerate(batches):
@@ -217,6 +221,30 @@ def kronecker_factors(
     return replace(sums.finish(total, given, space), temperature=temperature)
 
 
+def _layers_with_factors(
+    network: Network, batches: list[Any], precision: str, space: VectorSpace
+) -> tuple[list[Layer], list[str]]:
+    """The layers whose gradient is sum_t g_t x_t^T on every rank's first samples, and the parameters of no such layer."""
+    found, rest = find_layers(network)
+    odd = torch.zeros(len(found), dtype=torch.float64, device=space.device)
+    if batches:
+        fix_randomness(0, network.device)
+        first = to_device(rows_of(batches[0], 0, 2), network.device, network.dtype)
+        fit = {layer.name for layer in layers_by_formula(network, first, precision, each_sample=False)}
+        odd += torch.tensor([float(layer.name not in fit) for layer in found], dtype=torch.float64, device=space.device)
+    space.all_reduce(odd)
+    layers = [layer for layer, count in zip(found, odd.tolist(), strict=True) if count == 0]
+    held = {name for layer in layers for name in layer.parameters}
+    left = [name for name in network.names if name not in held]
+    if adapted := [name for name in left if name not in rest and ".lora_" in name]:
+        layer = adapted[0].partition(".lora_")[0]
+        raise UsageError(
+            f"Kronecker factors of the adapter on {layer}: its gradient is not that of the layer's inputs and outputs, as "
+            "where a weight is changed before it is used; leave it out of model.lora.target_modules, or choose another method"
+        )
+    return layers, left
+
+
 class _Sums:
     """Sums of factors over this rank's samples."""
 
@@ -231,7 +259,7 @@ class _Sums:
 
     def add(self, passed: Pass, cotangents: list[Tensor]) -> None:
         for layer in self.layers:
-            x = input_rows(layer.base, passed.inputs[layer.name]).to(self.network.dtype)
+            x = input_rows(layer.base, passed.inputs[layer.name], len(passed.outputs)).to(self.network.dtype)
             rows = x.flatten(0, 1) / x.shape[1] ** 0.5  # the mean over tokens, the sum over samples
             self.inputs[layer.name].addmm_(rows.T, rows)
         for number, u in enumerate(cotangents):
@@ -239,7 +267,7 @@ class _Sums:
             found = output_gradients(passed, u, (layer.name for layer in self.layers), retain=not last)
             for layer in self.layers:
                 if layer.name in found:
-                    g = output_rows(layer.base, found[layer.name]).flatten(0, 1).to(self.network.dtype)
+                    g = output_rows(layer.base, found[layer.name], len(u)).flatten(0, 1).to(self.network.dtype)
                     self.outputs[layer.name].addmm_(g.T, g)
 
     def add_rest(self, batch: Any, cotangents: list[Tensor], exact: bool) -> None:
@@ -263,13 +291,20 @@ class _Sums:
             pull = torch.func.vjp(outputs, start)[1]
             return tuple(g.square().sum(dim=0) for g in torch.func.vmap(pull)(us)[0])
 
-        try:
-            found = [s.sum(dim=0) for s in torch.func.vmap(squares)(tensors, chosen)]
-        except RuntimeError:  # a network that looks at its values, which vmap does not take: one sample after another
-            rows = [squares([t[n] for t in tensors], chosen[n]) for n in range(len(chosen))]
-            found = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
-        for name, square in zip(self.rest, found, strict=True):
-            self.diagonal[name].add_(square, alpha=len(cotangents) / chosen.shape[1])
+        times = len(cotangents) / chosen.shape[1]
+        numbers = chosen.shape[1] * sum(t.numel() for t in start)  # of one sample's gradients
+        together = max(1, GRADIENT_BYTES // (numbers * self.network.dtype.itemsize))
+        for place in range(0, len(chosen), together):
+            part, us = [t[place : place + together] for t in tensors], chosen[place : place + together]
+            try:
+                found = [s.sum(dim=0) for s in torch.func.vmap(squares)(part, us)]
+            except (
+                RuntimeError
+            ):  # a network that looks at its values, which vmap does not take: one sample after another
+                rows = [squares([t[n] for t in part], us[n]) for n in range(len(us))]
+                found = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
+            for name, square in zip(self.rest, found, strict=True):
+                self.diagonal[name].add_(square, alpha=times)
 
     def finish(self, total: int, given: Mapping[str, str], space: VectorSpace) -> KroneckerFactors:
         tensors = [*self.inputs.values(), *self.outputs.values(), *self.diagonal.values()]

@@ -37,7 +37,10 @@ class Pass:
 
 
 def find_layers(network: Network) -> tuple[list[Layer], list[str]]:
-    """The layers that hold parameters in scope, and the names of parameters that no such layer holds."""
+    """The layers that hold parameters in scope, and the names of parameters that no such layer holds.
+
+    By their kind alone: `sample_gradients.layers_by_formula` says which of them are used as such a layer is.
+    """
     modules = dict(network.model.named_modules())
     layers: dict[str, Layer] = {}
     rest = []
@@ -63,8 +66,9 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], tuple[di
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            inputs[name], outputs[name] = arguments[0].detach(), output
+        def note(module: nn.Module, arguments: Any, keywords: Any, output: Tensor) -> None:
+            given = arguments[0] if arguments else next(iter(keywords.values()))
+            inputs[name], outputs[name] = given.detach(), output
 
         return note
 
@@ -74,7 +78,7 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], tuple[di
         outputs.clear()
         return taken
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield take
     finally:
@@ -85,6 +89,8 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], tuple[di
 def output_gradients(passed: Pass, cotangent: Tensor, names: Iterable[str], retain: bool) -> dict[str, Tensor]:
     """Gradients of cotangent . outputs in the outputs of layers; zero for a layer that does not reach them."""
     wanted = [name for name in names if passed.layer_outputs[name].requires_grad]
+    if not wanted:
+        return {}
     found = torch.autograd.grad(
         passed.outputs,
         [passed.layer_outputs[name] for name in wanted],
@@ -96,27 +102,42 @@ def output_gradients(passed: Pass, cotangent: Tensor, names: Iterable[str], reta
     return dict(zip(wanted, found, strict=True))
 
 
-def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """Inputs as (B, T, i): tokens of a linear layer, patches of a convolution."""
+def input_rows(layer: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """Inputs of ``samples`` images as (B, T, i): tokens of a linear layer, also in windows; patches of a convolution."""
     if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return patches.transpose(1, 2)
-    return x.reshape(len(x), -1, x.shape[-1])
+        padding: Any = layer.padding
+        if isinstance(padding, str):
+            x, padding = F.pad(x, _pads(layer)), 0
+        return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+    return x.reshape(samples, -1, x.shape[-1])
 
 
-def output_rows(layer: nn.Module, g: Tensor) -> Tensor:
+def output_rows(layer: nn.Module, g: Tensor, samples: int) -> Tensor:
     """Output gradients as (B, T, o)."""
     if isinstance(layer, nn.Conv2d):
         return g.flatten(2).transpose(1, 2)
-    return g.reshape(len(g), -1, g.shape[-1])
+    return g.reshape(samples, -1, g.shape[-1])
+
+
+def num_vectors(layer: nn.Module, x: Tensor) -> int:
+    """How many vectors a linear layer's inputs are; of a convolution how many images."""
+    return len(x) if isinstance(layer, nn.Conv2d) else x.numel() // x.shape[-1]
 
 
 def has_rows(layer: nn.Module) -> bool:
     """Whether `input_rows` and `output_rows` are those of the layer: linear, or a plain convolution of one group."""
     if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+        return layer.groups == 1 and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear)
+
+
+def _pads(layer: nn.Conv2d) -> list[int]:
+    """``padding`` "same" or "valid" as numbers, from the last dimension on; of an odd sum the more at the end (torch's)."""
+    pads: list[int] = []
+    for size, dilation in zip(reversed(layer.kernel_size), reversed(layer.dilation), strict=True):
+        total = dilation * (size - 1) if layer.padding == "same" else 0
+        pads += [total // 2, total - total // 2]
+    return pads
 
 
 def weight_of(layer: nn.Module) -> Tensor:

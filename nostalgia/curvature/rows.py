@@ -26,16 +26,14 @@ from nostalgia.curvature.base import Parameters, parameters_in_scope
 from nostalgia.curvature.batches import num_rows, rows_of, to_device
 from nostalgia.curvature.context import fix_randomness, product_context, value_dtype
 from nostalgia.curvature.cotangents import OutputMetric, sample_numbers
-from nostalgia.curvature.layers import Layer, Pass, find_layers, input_rows, output_gradients, output_rows, recorded
+from nostalgia.curvature.layers import Layer, Pass, recorded
 from nostalgia.curvature.losses import IGNORED
 from nostalgia.curvature.network import Network
+from nostalgia.curvature.sample_gradients import autograd_gradients, layer_gradients, layers_by_formula
 from nostalgia.errors import RunFailedError, UsageError
 from nostalgia.linalg.lanczos import Eigenpairs
 from nostalgia.linalg.subspace import polish_
 from nostalgia.linalg.vector_space import VectorSpace
-
-# Of a layer's gradient by its own formula from autograd's, relative: far above rounding, far below another formula.
-AGREE = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 
 class GradientRows:
@@ -117,8 +115,8 @@ class GradientRows:
         cotangents, counts = self._cotangents(passed, number)
         for place, u in enumerate(cotangents):
             last = place == len(cotangents) - 1
-            rows = self._by_layers(passed, u, self._layers, retain=not last)
-            rows.update(self._by_samples(piece, u, self._loose))
+            rows = layer_gradients(self.network, passed, u, self._layers, retain=not last)
+            rows.update(autograd_gradients(self.network, piece, u, self._loose))
             flat = torch.cat([rows[name].flatten(1) for name in self.network.names], dim=1).to(self.space.dtype)
             yield flat, counts if place == 0 else 0
 
@@ -142,74 +140,10 @@ class GradientRows:
         return [(u * weight).to(passed.outputs.dtype) for u in found], counts
 
     def _choose_layers(self, piece: Any) -> None:
-        """Layers whose own formula gives autograd's gradient of a sample; all other parameters go sample by sample.
-
-        Left to autograd: biases, norms and embeddings, weights that are used twice or without their module's forward.
-        """
-        layers, _ = find_layers(self.network)
-        two = rows_of(piece, 0, 2)
-        with recorded({layer.name: layer.module for layer in layers}) as take:
-            passed = self._forward(two, take)
-        layers = [layer for layer in layers if layer.name in passed.layer_outputs]
-        u = torch.randn(passed.outputs.shape, generator=torch.Generator().manual_seed(0)).to(passed.outputs)
-        names = [name for layer in layers for name in layer.parameters]
-        ours, theirs = self._by_layers(passed, u, layers, retain=False), self._by_samples(two, u, names)
-        tolerance = 0.1 if self.precision in ("bf16", "tf32") else AGREE[self.network.dtype]
-        self._layers = [
-            layer
-            for layer in layers
-            if all(
-                float((ours[name] - theirs[name]).norm()) <= tolerance * float(theirs[name].norm())
-                for name in layer.parameters
-            )
-        ]
+        """Biases, norms and embeddings go sample by sample, and weights that their layer's formula is not that of."""
+        self._layers = layers_by_formula(self.network, piece, self.precision, each_sample=True)
         covered = {name for layer in self._layers for name in layer.parameters}
         self._loose = [name for name in self.network.names if name not in covered]
-
-    def _by_layers(self, passed: Pass, u: Tensor, layers: list[Layer], retain: bool) -> dict[str, Tensor]:
-        """Gradients (B, ...) of each sample in the layers' parameters, from inputs x and output gradients g: sum_t g x^T."""
-        theta = dict(zip(self.network.names, self.network.theta, strict=True))
-        dtype = self.network.dtype
-        found = output_gradients(passed, u, (layer.name for layer in layers), retain) if layers else {}
-        rows: dict[str, Tensor] = {}
-        for layer in layers:
-            if layer.name not in found:
-                rows.update({name: theta[name].new_zeros(len(u), theta[name].numel()) for name in layer.parameters})
-                continue
-            x = input_rows(layer.base, passed.inputs[layer.name]).to(dtype)  # (B, T, i)
-            g = output_rows(layer.base, found[layer.name]).to(dtype)  # (B, T, o)
-            if layer.scaling is None:
-                rows[layer.parameters[0]] = (g.mT @ x).flatten(1)
-                continue
-            for name in layer.parameters:
-                if ".lora_A." in name:
-                    b = self._value(name.replace(".lora_A.", ".lora_B."), theta).flatten(1)
-                    rows[name] = (layer.scaling * (g @ b).mT @ x).flatten(1)
-                else:
-                    a = self._value(name.replace(".lora_B.", ".lora_A."), theta).flatten(1)
-                    rows[name] = (layer.scaling * g.mT @ (x @ a.T)).flatten(1)
-        return rows
-
-    def _value(self, name: str, theta: dict[str, Tensor]) -> Tensor:
-        return theta[name].detach() if name in theta else self.network.constant(name)
-
-    def _by_samples(self, piece: Any, u: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """The same (B, numel) for any parameters, by a forward and a backward pass of each sample."""
-        theta = dict(zip(self.network.names, self.network.theta, strict=True))
-        rows = {name: theta[name].new_empty(len(u), theta[name].numel()) for name in names}
-        for number in range(len(u)) if names else ():
-            with torch.enable_grad():
-                outputs, _ = self.network(self.network.theta, rows_of(piece, number, number + 1))
-            found = torch.autograd.grad(
-                outputs,
-                [theta[name] for name in names],
-                u[number : number + 1],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for name, gradient in zip(names, found, strict=True):
-                rows[name][number] = gradient.flatten()
-        return rows
 
 
 class _Sketch:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nostalgia.analysis.scale_model import Cluster, Load, stages, table
 from nostalgia.config import Config
+from nostalgia.curvature.layers import has_rows
 from nostalgia.data.tasks import Missing, Task, find_tasks
 from nostalgia.errors import UsageError
 from nostalgia.experiment.components import Components, build_components
@@ -172,7 +173,7 @@ def layer_sides(backbone: Backbone, scope: dict[str, torch.Size]) -> list[tuple[
     owners = dict(backbone.named_modules())
     for name, shape in scope.items():
         owner, _, attribute = name.rpartition(".")
-        if attribute == "weight" and ".lora_" not in name and isinstance(owners[owner], (nn.Linear, nn.Conv2d)):
+        if attribute == "weight" and ".lora_" not in name and has_rows(owners[owner]):
             found.append((*_matrix(shape), 0))
     return found
 

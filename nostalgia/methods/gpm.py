@@ -84,13 +84,14 @@ class Gpm(Method):
         moments = {name: m.to(task.accelerator.device) for name, m in moments.items()}
 
         def note(name: str) -> Any:
-            def hook(module: nn.Module, arguments: Any) -> None:
-                x = input_rows(module, arguments[0]).double().flatten(0, 1)
+            def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
+                given = arguments[0] if arguments else next(iter(keywords.values()))
+                x = input_rows(module, given, len(given)).double().flatten(0, 1)
                 moments[name] += x.T @ x
 
             return hook
 
-        handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
+        handles = [m.register_forward_pre_hook(note(name), with_kwargs=True) for name, m in layers.items()]
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
@@ -101,7 +102,10 @@ class Gpm(Method):
                 handle.remove()
             for module, mode in modes:
                 module.training = mode
-        return {name: task.accelerator.reduce(moment, "sum") for name, moment in moments.items()}
+        found = {name: task.accelerator.reduce(moment, "sum") for name, moment in moments.items()}
+        return {
+            name: moment for name, moment in found.items() if float(moment.trace()) > 0
+        }  # else never called: "others"
 
     def metrics(self) -> dict[str, float]:
         if not self.spans:

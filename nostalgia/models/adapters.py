@@ -105,12 +105,18 @@ def _inject(backbone: Backbone, targets: list[str], r: int, alpha: int, dropout:
         inject_adapter_in_model(adapters, backbone.model)
     adapted = {name for name, module in backbone.model.named_modules() if is_adapted(module)}
     assert adapted == set(targets), f"PEFT adapted {adapted ^ set(targets)} besides or not"
-    for layer in _adapted_layers(backbone).values():
-        base = layer.get_base_layer()
-        for name in ("stride", "padding", "dilation", "kernel_size", "groups", "padding_mode"):  # that networks read
-            if hasattr(base, name) and not hasattr(layer, name):
-                setattr(layer, name, getattr(base, name))
+    lend_attributes(backbone.model)
     backbone.lora = adapters
+
+
+def lend_attributes(model: nn.Module) -> None:
+    """Give PEFT's layers the attributes of a convolution that networks read of theirs."""
+    for layer in model.modules():
+        if is_adapted(layer):
+            base = layer.get_base_layer()  # type: ignore[operator]
+            for name in ("stride", "padding", "dilation", "kernel_size", "groups", "padding_mode"):
+                if hasattr(base, name) and not hasattr(layer, name):
+                    setattr(layer, name, getattr(base, name))
 
 
 def _unfit(backbone: Backbone, targets: Sequence[str]) -> list[str]:
@@ -141,7 +147,7 @@ def _put(backbone: Backbone, name: str, module: nn.Module) -> None:
 def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) -> list[str]:
     """Full names, relative to ``backbone.model``, of the layers that get an adapter."""
     called = backbone.called_layers()
-    plain = [name for name in called if _groups(backbone.model.get_submodule(name)) == 1]
+    plain = [name for name in called if _takes_adapter(backbone.model.get_submodule(name))]
     if target_modules is None:
         attention = [name for name in plain if _ends_with(name, ATTENTION)]
         # The first layer reads pixels; adapting it moves the features of every image at once.
@@ -156,8 +162,8 @@ def resolve_targets(backbone: Backbone, target_modules: Sequence[str] | None) ->
         grouped = [name for name in matches if name not in plain]
         if grouped:
             raise UsageError(
-                f"model.lora.target_modules: {grouped[0]} (by {target}) is a grouped convolution, which "
-                f"cannot take an adapter; the others are {_summary(plain)}"
+                f"model.lora.target_modules: {grouped[0]} (by {target}) is a grouped convolution, or a layer that changes its "
+                f"weight before use, which cannot take an adapter; the others are {_summary(plain)}"
             )
         if not matches:
             raise UsageError(
@@ -307,8 +313,11 @@ def _ends_with(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+def _takes_adapter(layer: nn.Module) -> bool:
+    """Whether W + s B A is the layer with its adapter: one group, and the weight is used as it is (BiT's is normalised)."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and type(layer).forward is nn.Conv2d.forward
+    return type(layer).forward is nn.Linear.forward
 
 
 def _summary(names: Sequence[str], limit: int = 24) -> str:

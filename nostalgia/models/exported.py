@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nostalgia.errors import NotFoundError
+from nostalgia.models.adapters import lend_attributes
 from nostalgia.models.backbone import Backbone
 from nostalgia.models.backbones import build_backbone
 from nostalgia.models.export import TORCHVISION_FILE, adapter_tensors
@@ -96,6 +97,7 @@ def _attach(backbone: Backbone, folder: Path) -> None:
     assert isinstance(settings, LoraConfig)
     tensors = read_tensors(folder / "adapter_model.safetensors", "adapters")
     inject_adapter_in_model(settings, backbone.model)
+    lend_attributes(backbone.model)
     own = adapter_tensors(backbone.model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())

@@ -114,6 +114,16 @@ def test_grouped_convolutions_are_refused_by_name_and_left_out_by_default():
         attach_lora(backbone, r=2, alpha=4, target_modules=["dwconv"])
 
 
+def test_layers_that_change_their_weight_before_use_take_no_adapter():
+    """W + s B A, normalised, is not W normalised + s B A: merging would change the network."""
+    config = {"model_type": "bit", "embedding_size": 32, "hidden_sizes": [32, 32], "depths": [1, 1], "num_groups": 8}
+    backbone = build_backbone(framework="hf", pretrained=False, config=config, image_size=32)
+    with pytest.raises(UsageError, match="can take an adapter"):
+        attach_lora(backbone, r=2, alpha=4)
+    with pytest.raises(UsageError, match="changes its weight before use"):
+        attach_lora(backbone, r=2, alpha=4, target_modules=["conv2"])
+
+
 def test_adapters_depend_on_the_seed_alone_and_leave_the_random_state():
     values = []
     for seed, state in ((3, 1), (3, 2), (4, 1)):

@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
     "convnext": {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "image_size": 32},
+    "mobilenet_v2": {"depth_multiplier": 0.35, "image_size": 32},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
 }
 
