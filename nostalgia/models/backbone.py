@@ -176,6 +176,10 @@ class Backbone(nn.Module):
                     f"{self.source} takes images of {channels} channels; allowed are networks of 3, which grey images are "
                     "given as too"
                 ) from error
+            if isinstance(error, TypeError) and "required positional argument" in str(error):
+                raise UsageError(
+                    f"{self.source} needs more than pixel_values ({reason[0]}); allowed are networks of images alone"
+                ) from error
             raise UsageError(
                 f"{self.source} cannot take images of {self.image_size} x {self.image_size} pixels: "
                 f"{reason[0] if reason else type(error).__name__}; choose another dataset.image_size"
@@ -194,6 +198,9 @@ def _convention(model: nn.Module, output: Any) -> Callable[[Any], Tensor]:
     if getattr(output, "pooler_output", None) is not None:
         return pooled
     if getattr(output, "last_hidden_state", None) is None:
-        raise UsageError(f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features")
+        raise UsageError(
+            f"{type(model).__name__} gives no last_hidden_state: not a backbone that gives features; "
+            "choose another model.model_id, or save the part of it that does by itself (save_pretrained)"
+        )
     has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
     return class_token if has_class_token and output.last_hidden_state.dim() == 3 else mean_of_tokens

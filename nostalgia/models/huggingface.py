@@ -208,7 +208,14 @@ def _check_architecture(settings: PreTrainedConfig, where: str) -> None:
     except KeyError as error:
         raise UsageError(f"{where}: transformers has no backbone for {settings.model_type}") from error
     if getattr(kind, "main_input_name", "") != "pixel_values":
-        raise UsageError(f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values)")
+        vision: Any = getattr(settings, "vision_config", None)
+        part: Any = transformers.MODEL_MAPPING.get(type(vision), None)
+        remedy = ""
+        if part is not None:
+            remedy = f"; save its part of images: {part.__name__}.from_pretrained({where!r}).save_pretrained(FOLDER)"
+        raise UsageError(
+            f"{where}: {settings.model_type} is not an image backbone (its input is not pixel_values){remedy}"
+        )
 
 
 # The weights ------------------------------------------------------------------------------------------------

@@ -188,3 +188,14 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         write(tmp_path / "export", scratch("vit", seed=1), command="other")
     assert (folder / "README.md").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_export_with_adapters_on_convolutions_loads_again(tmp_path):
+    """MobileNetV2 reads its convolutions' strides, which PEFT's layers do not have."""
+    backbone = scratch("mobilenet_v2")
+    attach_lora(backbone, r=2, alpha=8)
+    shake(backbone)
+    folder, _ = write(tmp_path / "export", backbone)
+    again = load_export(folder, framework="hf").backbone
+    with torch.no_grad():
+        torch.testing.assert_close(again(images(backbone)), backbone.eval()(images(backbone)), rtol=1e-5, atol=1e-6)

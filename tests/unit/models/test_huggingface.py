@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, ViTImageProcessor
+from transformers import AutoConfig, AutoModel, CLIPConfig, ViTImageProcessor
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher
 
 from nostalgia.errors import NotFoundError, UsageError
@@ -332,3 +332,16 @@ def test_settings_that_make_no_network_are_refused(setting: dict[str, object]) -
     with pytest.raises(UsageError, match=r"model.config is not valid for (model_type=)?vit") as caught:
         build_backbone(framework="hf", pretrained=False, config={"model_type": "vit", **CONFIGS["vit"], **setting})
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_images_and_text_names_its_part_of_images(tmp_path):
+    """And one that needs more than images says what, not that another size of images would do."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPConfig(text_config=small, vision_config={**small, "image_size": 16, "patch_size": 8})
+    clip.save_pretrained(tmp_path / "clip")
+    with pytest.raises(UsageError, match=r"CLIPVisionModel.from_pretrained\('.*clip'\).save_pretrained"):
+        build_backbone(framework="hf", model_id=str(tmp_path / "clip"))
+    with pytest.raises(UsageError, match=r"more than pixel_values .*spatial_shapes.*; allowed are networks of images"):
+        build_backbone(
+            framework="hf", pretrained=False, config={"model_type": "siglip2_vision_model", **small}, image_size=16
+        )
