@@ -27,6 +27,8 @@ def test_the_tables_of_the_study_are_made_of_its_runs() -> None:
     assert table(study("study_rates")) in page
     assert choice_table(study("study_rates")) in page
     assert table(study("study_default")).strip() in page
+    assert table(study("study_whole_head_rate")) in page
+    assert choice_table(study("study_whole_head_rate")) in page
     assert overview(study("study_four_seeds")) in page
     assert choice_table(study("study_rates_others")) in page
     assert overview(study("study_rates_others")) in page
@@ -39,12 +41,12 @@ def test_the_runs_of_the_studies_are_what_their_accuracy_matrices_say() -> None:
         study(name)
         for name in (
             "study", "study_variants", "study_four_seeds", "study_resnet", "study_whole", "study_anew", "study_cpu",
-            "study_rates", "study_rates_others", "study_default", "demo",
+            "study_rates", "study_rates_others", "study_default", "study_whole_head_rate", "demo",
         )
     ]  # fmt: skip
     found += study("study_settings")["parts"].values()
     runs = [run for one in found for run in [*one.get("runs", []), *one.get("choice", [])]]
-    assert len(runs) == 680
+    assert len(runs) == 702
     for run in runs:
         matrix = run["accuracy_matrix"]
         last, count = matrix[-1], len(matrix)
