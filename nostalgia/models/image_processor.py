@@ -180,8 +180,9 @@ def _normalisation(processor: Any, where: str) -> tuple[Triple, Triple]:
     if getattr(processor, "do_normalize", True):
         mean = triple({"image_mean": getattr(processor, "image_mean", None)}, "image_mean") or HALF
         std = triple({"image_std": getattr(processor, "image_std", None)}, "image_std") or HALF
+    times = 2 if getattr(processor, "include_top", False) else 1  # EfficientNet's divides once more
     red, green, blue = (m / white for m in mean)
-    return (red, green, blue), (std[0] / white, std[1] / white, std[2] / white)
+    return (red, green, blue), (std[0] ** times / white, std[1] ** times / white, std[2] ** times / white)
 
 
 def _resizing(processor: Any, where: str) -> tuple[Resizing | None, str]:

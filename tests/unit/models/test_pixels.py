@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Swin": ("swin", "ViTImageProcessor", {**WINDOW, **MEAN, "resample": 3}),
     "ConvNeXt": ("convnext", "ConvNextImageProcessor", {"size": {"shortest_edge": SIDE}, "crop_pct": 0.875}),
     "ConvNeXt, whole": ("convnext", "ConvNextImageProcessor", {"size": {"shortest_edge": 384}}),
+    "EfficientNet": ("efficientnet", "EfficientNetImageProcessor", {**WINDOW, "resample": 3}),
+    "EfficientNet, once": ("efficientnet", "EfficientNetImageProcessor", {**WINDOW, "include_top": False}),
     "MobileViT": ("mobilevit", "MobileViTImageProcessor", {"size": {"shortest_edge": 36}, **CROP}),
     "MobileViT, padded": ("mobilevit", "MobileViTImageProcessor", {"size": {"shortest_edge": 27}, **CROP}),
 }
@@ -44,12 +46,13 @@ MOBILEVIT = {
     "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "num_attention_heads": 2,
     "image_size": SIDE,
 }  # fmt: skip
+EFFICIENTNET = {"image_size": SIDE, "width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 256}
 
 
 def saved(kind: str, folder: Path, **settings: Any) -> Path:
     """A tiny network of the kind with its image processor, as transformers saves them."""
     model, processor, own = KINDS[kind]
-    config = MOBILEVIT if model == "mobilevit" else CONFIGS[model]
+    config = {"mobilevit": MOBILEVIT, "efficientnet": EFFICIENTNET}.get(model) or CONFIGS[model]
     if "image_size" in config:
         config = {**config, "image_size": SIDE}
     network = build_backbone(framework="hf", pretrained=False, config={"model_type": model, **config}).model
