@@ -91,7 +91,8 @@ class LoraConfig:
     alpha: int = option(16, low=1)
     dropout: float = option(0.05, low=0, high=0.99)
     target_modules: list[str] | None = option(
-        None, "Layer names adapters go on; null: the attention projections of the architecture."
+        None,
+        "Layer names adapters go on; null: the attention's projections, or where none is called all layers but the first.",
     )
     merge: str = option(
         "auto",

@@ -38,6 +38,7 @@ ATTENTION = (
     "value",
     "attention.output.dense",
     "qkv",
+    "attn.proj",
 )
 
 #: Names of transformers before 5, longest first, and what it calls the same layers since.
@@ -94,6 +95,8 @@ def attach_lora(
                 "it out, or set model.use_lora=false"
             )
         logger.warning("%s: no adapter on %s, with which the network does not run", backbone.source, _summary(unfit))
+    if target_modules is None and not any(_ends_with(name, ATTENTION) for name in targets):
+        logger.warning("%s: no attention projection is called; adapters are on %s", backbone.source, _summary(targets))
     backbone.train(backbone.training)  # the new layers, with their dropout, come in training mode
 
 

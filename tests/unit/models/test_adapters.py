@@ -114,6 +114,13 @@ def test_grouped_convolutions_are_refused_by_name_and_left_out_by_default():
         attach_lora(backbone, r=2, alpha=4, target_modules=["dwconv"])
 
 
+def test_adapters_elsewhere_than_on_attention_are_said(caplog):
+    attach_lora(scratch("vit"), r=2, alpha=4)
+    assert not caplog.records
+    attach_lora(scratch("convnext"), r=2, alpha=4)
+    assert "no attention projection is called; adapters are on " in caplog.text
+
+
 def test_layers_that_change_their_weight_before_use_take_no_adapter():
     """W + s B A, normalised, is not W normalised + s B A: merging would change the network."""
     config = {"model_type": "bit", "embedding_size": 32, "hidden_sizes": [32, 32], "depths": [1, 1], "num_groups": 8}
