@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from nostalgia import plan
 from nostalgia.config import parse
+from nostalgia.curvature.layer_sides import layer_sides
 from nostalgia.errors import UsageError
 from nostalgia.experiment.components import build_components
 from nostalgia.experiment.method_choice import complete_method
-from nostalgia.experiment.scale import forward_cost, layer_sides, load_of
+from nostalgia.experiment.scale import forward_cost, load_of
 from nostalgia.models import Backbone, attach_lora, build_backbone
 
 WIDTH, INNER, LAYERS, SIDE, PATCH = 32, 64, 2, 16, 4
