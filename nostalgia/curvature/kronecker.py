@@ -298,9 +298,7 @@ class _Sums:
             part, us = [t[place : place + together] for t in tensors], chosen[place : place + together]
             try:
                 found = [s.sum(dim=0) for s in torch.func.vmap(squares)(part, us)]
-            except (
-                RuntimeError
-            ):  # a network that looks at its values, which vmap does not take: one sample after another
+            except RuntimeError:  # a network that looks at its values, which vmap does not take: sample by sample
                 rows = [squares([t[n] for t in part], us[n]) for n in range(len(us))]
                 found = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
             for name, square in zip(self.rest, found, strict=True):

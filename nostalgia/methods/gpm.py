@@ -103,9 +103,8 @@ class Gpm(Method):
             for module, mode in modes:
                 module.training = mode
         found = {name: task.accelerator.reduce(moment, "sum") for name, moment in moments.items()}
-        return {
-            name: moment for name, moment in found.items() if float(moment.trace()) > 0
-        }  # else never called: "others"
+        # A weight that is read without a call of its layer has no inputs here: it is one of the others.
+        return {name: moment for name, moment in found.items() if float(moment.trace()) > 0}
 
     def metrics(self) -> dict[str, float]:
         if not self.spans:
