@@ -331,6 +331,28 @@ def test_gpm_moves_a_layer_only_across_earlier_inputs() -> None:
     assert torch.equal(after["first.bias"], before["first.bias"])
 
 
+def test_gpm_holds_a_weight_that_is_read_without_a_call() -> None:
+    """Nothing says what its inputs are: it is one of the others."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.read = nn.Linear(12, 4), nn.Linear(4, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.linear(self.first(images.flatten(1)).tanh(), self.read.weight)
+
+    run, gpm = Sequence2(Reads), method("gpm", threshold=0.9, num_samples=12)
+    run.first_task(gpm)
+    assert set(gpm.spans) == {"first.weight"}  # type: ignore[attr-defined]
+    run.begin(gpm, 2)
+    before = snapshot(run)
+    run.steps(gpm, 1)
+    after = snapshot(run)
+    assert torch.equal(after["read.weight"], before["read.weight"])
+    assert not torch.equal(after["first.weight"], before["first.weight"])
+
+
 def test_nostalgia_ewc_is_a_quadratic_form_along_the_kept_directions() -> None:
     run, penalised = Sequence2(), method("nostalgia_ewc", top_k=3, strength=2)
     run.first_task(penalised)
